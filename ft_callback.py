@@ -5,18 +5,28 @@
 
 Works with `lightning` and with `pytorch_lightning`, on any device, with one rank or many. Active in `fit` alone.
 
-Hook                                                what it does
-    setup                                           connects to this rank's monitor (ft_monitor.py)
-    on_train_start, on_train_batch_end,             heartbeat with the global step
+Hook                                     what it does
+    setup                                connects to this rank's monitor (ft_monitor.py), loads timeouts
+    on_train_start, on_train_batch_end,  heartbeat with the global step
     on_train_end, on_validation_start,
-    on_validation_batch_end, on_validation_end
-    Trainer.save_checkpoint (wrapped)               writes FLAG.progress when the checkpoint is on disk
-    teardown                                        creates the finished flag, disconnects
-    on_exception                                    disconnects, with the exception's type and message
+    on_validation_batch_end,
+    on_validation_end
+    on_load_checkpoint                   from now on the first heartbeat's time is that of a run that resumes
+    Trainer.save_checkpoint (wrapped)    section "checkpointing"; calculates timeouts; writes FLAG.progress
+    on_fit_end                           training ended, and not by an exception
+    teardown                             creates the finished flag, disconnects
+    on_exception                         disconnects, with the exception's type and message
+
+Sections, which have timeouts of their own, so that those of heartbeats can be short
+    first_batch    train start to the end of the first training batch, which may compile and warm up
+    checkpointing  a checkpoint is saved
+    finishing      train end to teardown, which waits for asynchronous checkpoints
 
 Files (FLAG is the value of FAULT_TOL_FINISHED_FLAG_FILE; written by global rank 0, beside and renamed)
-    FLAG           training is complete: {"reason", "step", "epoch", "time"}
-    FLAG.progress  the newest checkpoint: {"step", "epoch", "checkpoint", "time"}
+    FLAG                           training is complete: {"reason", "step", "epoch", "time"}
+    FLAG.progress                  the newest checkpoint: {"step", "epoch", "checkpoint", "time"}
+    EXP_DIR/ft_state.json          calculated timeouts: {"version", "client", "validated", "killed", "time"}
+    EXP_DIR/killed_rank<N>.json    written by a monitor whose rank ran out of a calculated timeout
 """
 
 from __future__ import annotations
@@ -25,19 +35,21 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
+import json
 import logging
 import math
 import os
 import random
+import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ft_monitor import RankMonitorClient, write_json
+from ft_monitor import FaultToleranceConfig, RankMonitorClient, section_setting, write_json
 
 
 def lightning_package() -> str:
@@ -57,6 +69,9 @@ else:
 
 FAULT_SIGNALS = {"rank_killed": signal.SIGKILL, "rank_hung": signal.SIGSTOP}
 FLAG_VARIABLE = "FAULT_TOL_FINISHED_FLAG_FILE"
+FIRST_BATCH, CHECKPOINTING, FINISHING = "first_batch", "checkpointing", "finishing"
+MIN_BATCHES = 16  # training batches before heartbeat timeouts are calculated
+HEARTBEAT = "rank_heartbeat_timeout"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,17 +108,67 @@ class SimulatedFaultParams:
             raise ValueError(f"simulated_fault_params: got {value!r}: {error}") from None
 
 
+@dataclasses.dataclass
+class TimeoutState:
+    """What ft_state.json holds: calculated timeouts, and what is known about how good they are.
+
+    `client`: RankMonitorClient.state_dict(). `validated`: whether a validation epoch has been seen. `killed`: by
+    setting, the step at which a timeout ended a rank since it was last calculated (-1: no step known).
+    """
+
+    client: dict[str, Any] = dataclasses.field(default_factory=lambda: {"version": 1, "timeouts": {}})
+    validated: bool = False
+    killed: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    VERSION = 1
+
+    @classmethod
+    def load(cls, path: Path) -> TimeoutState:
+        """Read the file. Raises FileNotFoundError without one, another OSError or a ValueError if it cannot be used."""
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict) or values.get("version") != cls.VERSION:
+            raise ValueError(f"expected an object of version {cls.VERSION}")
+        state = cls(values.get("client", {}), bool(values.get("validated")))
+        state.killed = {str(name): int(step) for name, step in values.get("killed", {}).items()}
+        RankMonitorClient().load_state_dict(state.client)
+        return state
+
+    def save(self, path: Path) -> None:
+        write_json(path, {"version": self.VERSION, **dataclasses.asdict(self), "time": timestamp()}, indent=2)
+
+    def judge(self, kills: Mapping[str, int], factor: float) -> list[str]:
+        """Widen each timeout that has ended ranks twice with no new step in between; return a line for each.
+
+        One that fits no longer, because the work has changed, would otherwise end every attempt for ever. One that is
+        right, and has met a hang that comes again at the same step, is only late afterwards, not gone.
+        """
+        lines = []
+        for setting, step in kills.items():
+            timeouts = self.client["timeouts"]
+            if setting in timeouts and step <= self.killed.get(setting, -2):
+                old, timeouts[setting] = timeouts[setting], timeouts[setting] * factor
+                lines.append(
+                    f"{setting} of {old:g} s ended ranks twice at step {step} and is now {timeouts[setting]:g} s"
+                )
+            self.killed[setting] = step
+        return lines
+
+
 class FaultToleranceCallback(pl.Callback):
     """Connects a Lightning training to its rank monitor. Argument names as NVIDIA's.
 
     Args:
         autoresume: create the file named by FAULT_TOL_FINISHED_FLAG_FILE when training is complete, so that
             autoresume.sh stops running the job again.
+        calculate_timeouts: calculate the timeouts from what is observed, and keep them for later runs.
         simulated_fault_params: a `SimulatedFaultParams`, or a mapping with its fields.
+        exp_dir: where calculated timeouts are kept, the same for all runs of this training; created if missing. By
+            default ft_state in Trainer.log_dir, or beside its version_<N> if loggers number it anew in every run.
         logger_name: of the logger to use; by default one whose lines appear as Lightning's own do.
 
-    `setup` raises RuntimeError when the process was not started by ft_launcher.py, and when `autoresume` is set but
-    FAULT_TOL_FINISHED_FLAG_FILE is not. A flag that cannot be written fails the run with an OSError.
+    `setup` raises RuntimeError when the process was not started by ft_launcher.py, when `autoresume` is set but
+    FAULT_TOL_FINISHED_FLAG_FILE is not, when no timeout is configured, stored or to be calculated, and when `exp_dir`
+    cannot be written. A flag that cannot be written fails the run with an OSError.
     """
 
     def __init__(
@@ -120,9 +185,16 @@ class FaultToleranceCallback(pl.Callback):
         self.exp_dir = exp_dir
         self.logger = logging.getLogger(logger_name or f"{pl.__name__}.FaultToleranceCallback")
         self._client = RankMonitorClient()
+        self._state = TimeoutState()
         self._fault: threading.Timer | None = None
-        self._batches = 0  # training batches of this fit
-        self._first_epoch = 0  # at which this fit's training started
+        self._start_over()
+
+    def _start_over(self) -> None:
+        """What is known of a fit that begins."""
+        self._batches = 0  # training batches
+        self._first_epoch = 0  # at which training started
+        self._loaded = False  # a checkpoint
+        self._saved = False  # a checkpoint
         self._fit_ended = False  # and not by an exception
 
     # -- hooks
@@ -131,32 +203,51 @@ class FaultToleranceCallback(pl.Callback):
         if stage != "fit":
             return
         self._check_environment()
-        self._batches, self._first_epoch, self._fit_ended = 0, 0, False
-        self._client.init_workload_monitoring()
-        if "save_checkpoint" not in vars(trainer):
-            trainer.save_checkpoint = functools.partial(self._save_checkpoint, trainer)  # type: ignore[method-assign]
+        self._start_over()
+        self._client = RankMonitorClient()
+        self._load_timeouts(trainer)
+        self._client.init_workload_monitoring(measure=self._measured())
+        self._check_timeouts(trainer)
+        self._watch_saves(trainer)
         if self.simulated_fault_params is not None:
             self._fault = schedule_fault(self.simulated_fault_params, trainer, self.logger)
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, *args: Any) -> None:
+        self._loaded = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._first_epoch = trainer.current_epoch
         self._heartbeat(trainer)
+        self._enter(FIRST_BATCH)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        self._leave(FIRST_BATCH)
         self._batches += 1
         self._heartbeat(trainer)
+        if self._batches == MIN_BATCHES:
+            self._update_timeouts(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._leave(FIRST_BATCH)  # of a training without any
         self._heartbeat(trainer)
+        self._update_timeouts(trainer)
+        self._enter(FINISHING)
+        if section_setting(FINISHING) not in self._client.calculated:
+            self._rest_heartbeats()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._heartbeat(trainer)
+        if not trainer.sanity_checking and not self._state.validated:
+            self._rest_heartbeats()  # steps of validation may take longer than those of training
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         self._heartbeat(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._heartbeat(trainer)
+        if not trainer.sanity_checking and not self._state.validated:
+            self._state.validated = True
+            self._update_timeouts(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._fit_ended = True
@@ -165,7 +256,9 @@ class FaultToleranceCallback(pl.Callback):
         """Called at the end of fit, when the last checkpoint is on disk: asynchronous writers were waited for."""
         if stage != "fit" or not self._client.is_initialized:
             return
-        vars(trainer).pop("save_checkpoint", None)
+        self._leave(FINISHING)
+        self._update_timeouts(trainer)
+        self._unwatch_saves(trainer)
         reason = self._why_complete(trainer)
         if self.autoresume and reason is not None and trainer.is_global_zero:
             self._create_finished_flag(trainer, reason)
@@ -173,9 +266,14 @@ class FaultToleranceCallback(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         # Lightning calls this instead of teardown, and also for what happens before setup and outside of fit.
+        if type(exception) is SystemExit and not exception.code:  # a clean stop; SIGTERM raises a subclass
+            try:
+                self._update_timeouts(trainer)
+            except RuntimeError as error:
+                self.logger.warning("timeouts are not calculated, other ranks did not stop here: %s", error)
         self._disconnect(f"{type(exception).__name__}: {exception}".removesuffix(": "))
 
-    # -- what they do
+    # -- the connection
 
     def _check_environment(self) -> None:
         if self.autoresume and not os.environ.get(FLAG_VARIABLE):
@@ -188,17 +286,159 @@ class FaultToleranceCallback(pl.Callback):
         if self._client.is_initialized:
             self._client.send_heartbeat(trainer.global_step)
 
+    def _enter(self, section: str) -> None:
+        if self._client.is_initialized:
+            self._client.start_section(section)
+
+    def _leave(self, section: str) -> None:
+        if self._client.is_initialized and section in self._client.open_sections:
+            self._client.end_section(section)
+
     def _disconnect(self, error: str | None = None) -> None:
         if self._fault is not None:
             self._fault.cancel()
         self._client.shutdown_workload_monitoring(error)
 
+    # -- checkpoints
+
+    def _watch_saves(self, trainer: pl.Trainer) -> None:
+        """Lightning has no hook for a checkpoint that is on disk: stand in the place of what writes it."""
+        self._unwatch_saves(trainer)
+        trainer.save_checkpoint = functools.partial(self._save_checkpoint, trainer)  # type: ignore[method-assign]
+        if is_asynchronous(trainer):
+            writer = file_writer(trainer)
+            writer.save_checkpoint = functools.partial(self._write_checkpoint, trainer, writer)
+
+    def _unwatch_saves(self, trainer: pl.Trainer) -> None:
+        for watched in (trainer, file_writer(trainer)):
+            vars(watched).pop("save_checkpoint", None)
+
     def _save_checkpoint(self, trainer: pl.Trainer, filepath: Any, *args: Any, **kwargs: Any) -> None:
-        """In the place of Trainer.save_checkpoint: Lightning has no hook for a checkpoint that is on disk."""
-        type(trainer).save_checkpoint(trainer, filepath, *args, **kwargs)
+        """In the place of Trainer.save_checkpoint, which all ranks call."""
+        if is_asynchronous(trainer):  # takes no longer than a step; how long it goes on is seen by the writer
+            type(trainer).save_checkpoint(trainer, filepath, *args, **kwargs)
+        else:
+            self._enter(CHECKPOINTING)
+            try:
+                type(trainer).save_checkpoint(trainer, filepath, *args, **kwargs)
+            finally:
+                self._leave(CHECKPOINTING)
+            self._note_progress(trainer, trainer.global_step, trainer.current_epoch, filepath)
+        self._saved = True
+        self._heartbeat(trainer)
+        self._update_timeouts(trainer)
+
+    def _write_checkpoint(
+        self, trainer: pl.Trainer, writer: Any, checkpoint: dict[str, Any], path: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """In the place of the method by which a thread writes a checkpoint, on global rank 0 alone."""
+        start = time.monotonic()
+        type(writer).save_checkpoint(writer, checkpoint, path, *args, **kwargs)
+        # The end of training may have to wait for as long as this took, whether or not it does today.
+        self._client.observe(section_setting(FINISHING), time.monotonic() - start)
+        self._note_progress(trainer, checkpoint.get("global_step", 0), checkpoint.get("epoch", 0), path)
+
+    def _note_progress(self, trainer: pl.Trainer, step: int, epoch: int, path: Any) -> None:
         flag = os.environ.get(FLAG_VARIABLE)
         if self.autoresume and flag and trainer.is_global_zero:
-            write_json(Path(f"{flag}.progress"), {**where(trainer), "checkpoint": str(filepath)})
+            values = {"step": step, "epoch": epoch, "checkpoint": str(path), "time": timestamp()}
+            write_json(Path(f"{flag}.progress"), values)
+
+    # -- timeouts
+
+    def _measured(self) -> tuple[str, ...]:
+        return (FIRST_BATCH, CHECKPOINTING, FINISHING) if self.calculate_timeouts else ()
+
+    def _load_timeouts(self, trainer: pl.Trainer) -> None:
+        """Give all ranks the timeouts that earlier runs have calculated, as global rank 0 reads them."""
+        self._state_path = self._state_dir(trainer) / "ft_state.json"
+        state: TimeoutState | Exception = TimeoutState()
+        if trainer.is_global_zero:
+            try:
+                state = self._read_state()
+            except OSError as error:
+                state = RuntimeError(f"cannot write to the directory of ft_state.json: {error}; set exp_dir")
+        state = trainer.strategy.broadcast(state)
+        if isinstance(state, Exception):  # on all ranks, lest the others wait for this one
+            raise state
+        self._state = state
+        self._client.load_state_dict(state.client)
+        self._client.note = str(self._state_path.with_name(f"killed_rank{trainer.global_rank}.json"))
+
+    def _state_dir(self, trainer: pl.Trainer) -> Path:
+        log_dir = trainer.log_dir  # a collective: for every rank, also where it is not needed
+        if self.exp_dir is not None:
+            return Path(self.exp_dir).absolute()
+        path = Path(log_dir or trainer.default_root_dir).absolute()
+        return (path.parent if re.fullmatch(r"version_\d+", path.name) else path) / "ft_state"
+
+    def _read_state(self) -> TimeoutState:
+        path = self._state_path
+        try:
+            state = TimeoutState.load(path)
+        except FileNotFoundError:
+            state = TimeoutState()
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            self.logger.warning("ignoring the stored timeouts in %s: %s; calculating anew", path, error)
+            state = TimeoutState()
+        if not self.calculate_timeouts:
+            return state
+        path.parent.mkdir(parents=True, exist_ok=True)
+        notes = sorted(path.parent.glob("killed_rank*.json"))
+        kills = read_kills(notes)
+        for line in state.judge(kills, FaultToleranceConfig.from_environment().safety_factor):
+            self.logger.warning("timeout widened: %s", line)
+        state.save(path)
+        for note in notes:
+            note.unlink()
+        return state
+
+    def _check_timeouts(self, trainer: pl.Trainer) -> None:
+        client = self._client
+        if client.config.watches_steps or client.calculated:
+            timeouts = ", ".join(f"{name}={seconds:g}" for name, seconds in client.timeouts_in_force().items())
+            self._say(trainer, "timeouts in force: %s", timeouts)
+        elif self.calculate_timeouts:
+            self._say(trainer, "no timeouts yet: hang detection starts when timeouts have been calculated")
+        else:
+            raise RuntimeError(
+                "no timeout is set, so no hang would be noticed: give ft_launcher --ft-rank-heartbeat-timeout=SECONDS, "
+                "or FaultToleranceCallback calculate_timeouts=True"
+            )
+
+    def _update_timeouts(self, trainer: pl.Trainer) -> None:
+        """Calculate what can be calculated. All ranks come here at the same places of the training."""
+        if not (self.calculate_timeouts and self._client.is_initialized):
+            return
+        changed = False
+        for section in self._measured():
+            changed |= self._client.calculate_and_set_section_timeouts([section], False, skip_if_not_ready=True)
+        if self._saved and self._batches >= MIN_BATCHES:
+            changed |= self._client.calculate_and_set_hb_timeouts(True, calc_initial=self._loaded)
+        if changed and trainer.is_global_zero:
+            self._save_timeouts()
+
+    def _rest_heartbeats(self) -> None:
+        """Until they are calculated again: nothing is known of the steps that come, or no steps come."""
+        if self._client.is_initialized and HEARTBEAT in self._client.calculated:
+            self._client.set_timeouts_aside(HEARTBEAT)
+
+    def _save_timeouts(self) -> None:
+        first = not self._state.client["timeouts"]
+        self._state.client = self._client.state_dict()
+        self._state.killed = {}  # with timeouts that are calculated anew
+        try:
+            self._state.save(self._state_path)
+        except OSError as error:
+            self.logger.warning("cannot write %s: %s; the next run starts without it", self._state_path, error)
+        if first:
+            self.logger.info("timeouts calculated, kept in %s", self._state_path)
+
+    def _say(self, trainer: pl.Trainer, text: str, *values: Any) -> None:
+        if trainer.is_global_zero:
+            self.logger.info(text, *values)
+
+    # -- completion
 
     def _why_complete(self, trainer: pl.Trainer) -> str | None:
         """Why there is nothing left to train; None if a next run has to go on."""
@@ -221,14 +461,39 @@ class FaultToleranceCallback(pl.Callback):
 
     def _create_finished_flag(self, trainer: pl.Trainer, reason: str) -> None:
         flag = Path(os.environ[FLAG_VARIABLE])
-        write_json(flag, {"reason": reason, **where(trainer)}, durable=True)
+        place = {"step": trainer.global_step, "epoch": trainer.current_epoch, "time": timestamp()}
+        write_json(flag, {"reason": reason, **place}, durable=True)
         self.logger.info("training is complete: %s; created %s", reason, flag)
 
 
-def where(trainer: pl.Trainer) -> dict[str, Any]:
-    """The place in training that the files of this callback name."""
-    stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    return {"step": trainer.global_step, "epoch": trainer.current_epoch, "time": stamp}
+def timestamp() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def is_asynchronous(trainer: pl.Trainer) -> bool:
+    """Whether a thread writes the checkpoints, so that saving returns before they are on disk."""
+    return isinstance(trainer.strategy.checkpoint_io, pl.plugins.io.AsyncCheckpointIO)  # type: ignore[attr-defined]
+
+
+def file_writer(trainer: pl.Trainer) -> Any:
+    """The innermost CheckpointIO, which writes the files."""
+    writer = trainer.strategy.checkpoint_io
+    while getattr(writer, "checkpoint_io", None) is not None:
+        writer = writer.checkpoint_io  # type: ignore[attr-defined]
+    return writer
+
+
+def read_kills(notes: Iterable[Path]) -> dict[str, int]:
+    """By setting, the highest step at which monitors noted that a calculated timeout ended their rank."""
+    kills: dict[str, int] = {}
+    for note in notes:
+        try:
+            verdict = json.loads(note.read_text(encoding="utf-8"))
+            setting, step = str(verdict["setting"]), verdict["step"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # it stands for one kill; the next is noted again
+        kills[setting] = max(kills.get(setting, -1), -1 if step is None else int(step))
+    return kills
 
 
 def schedule_fault(params: SimulatedFaultParams, trainer: pl.Trainer, logger: logging.Logger) -> threading.Timer | None:

@@ -15,11 +15,13 @@ Environment
     FT_MONITOR_FD  monitor   client           file descriptor of the pipe's write end
 
 Messages, one JSON object a line, at most 4,096 bytes, from the rank to the monitor only
-    type       fields      meaning
-    init       rank        connected
-    heartbeat  step        alive; the step is the training's, or null
-    section    name, open  entered (true) or left (false) a named section
-    bye        error       monitoring ends: training is over (null), or failed with this error
+    type       fields            meaning
+    init       rank              connected
+    heartbeat  step              alive; the step is the training's, or null
+    section    name, open        entered (true) or left (false) a named section
+    timeouts   calculated, note  these calculated timeouts replace the configured ones, until the next such message;
+                                 when one of them ends the rank, the monitor writes its verdict to the file `note`
+    bye        error             monitoring ends: training is over (null), or failed with this error
 
 Clocks, in seconds; "none" is never. The first that runs out decides.
     setting                         runs from                    to
@@ -30,6 +32,8 @@ Clocks, in seconds; "none" is never. The first that runs out decides.
     rank_out_of_section_timeout     init, or last section left   next section entered
     exit_timeout                    bye with an error            process end
 Heartbeat clocks rest while a section that has a timeout is open, and start anew when it is left.
+Timeouts can be calculated: the longest time on a clock that any rank has seen, times safety_factor, and at least
+min_timeout.
 
 How a rank is ended
     a clock ran out                      termination signal to its session, after 5 s SIGKILL
@@ -45,6 +49,7 @@ import argparse
 import collections
 import ctypes
 import dataclasses
+import datetime
 import difflib
 import json
 import logging
@@ -58,7 +63,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -67,6 +72,7 @@ MAX_MESSAGE_BYTES = 4096  # PIPE_BUF on Linux: a write of this size is whole or 
 TERMINATION_SECONDS = 5.0  # from the termination signal of a hung rank to SIGKILL
 REAP_SECONDS = 10.0  # from SIGKILL to giving up on a process that the kernel does not end (D state)
 SUSPENDED_SECONDS = 5.0  # a monitor that wakes later than this was suspended, and its rank most likely with it
+SYNC_SECONDS = 60.0  # how long the ranks wait for each other when they calculate timeouts
 DEFAULT_GRACE_SECONDS = 30.0  # as torchrun's --shutdown-timeout
 PARENT_DIED = signal.SIGURG  # sent by the kernel; by default a process ignores it, so a stray one is harmless
 
@@ -168,6 +174,9 @@ class FaultToleranceConfig:
     safety_factor: float = setting(
         parse_factor, 5.0, "calculated timeouts are the longest observed time multiplied by this"
     )
+    min_timeout: float = setting(
+        parse_positive, 10.0, "no calculated timeout is shorter than these seconds, for hosts that stall"
+    )
     rank_termination_signal: str = setting(
         parse_signal, "SIGKILL", "what a hung rank is sent; SIGKILL follows after 5 s"
     )
@@ -234,18 +243,51 @@ class FaultToleranceConfig:
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
 
+    def with_calculated(self, calculated: Mapping[str, float]) -> FaultToleranceConfig:
+        """This configuration with calculated timeouts, named as `Clock.setting`, in place of the configured ones."""
+        sections = {section_of(name): seconds for name, seconds in calculated.items() if section_of(name)}
+        others = {name: seconds for name, seconds in calculated.items() if not section_of(name)}
+        if not set(others) <= set(CALCULATED_SETTINGS):
+            raise ConfigError(f"got {sorted(others)}, expected some of {CALCULATED_SETTINGS}")
+        timeouts: dict[str, Any] = {"rank_section_timeouts": {**self.rank_section_timeouts, **sections}, **others}
+        return dataclasses.replace(self, **timeouts)
+
     @property
     def watches_steps(self) -> bool:
         """Whether any clock is set that a hang in the middle of training would let run out."""
         timeouts = (self.rank_heartbeat_timeout, self.rank_out_of_section_timeout, *self.rank_section_timeouts.values())
         return any(timeout is not None for timeout in timeouts)
 
+    def timeouts(self) -> dict[str, float]:
+        """The timeouts that are set, in seconds, by setting as in `Clock.setting`."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        sections = values.pop("rank_section_timeouts").items()
+        timeouts = {
+            name: value for name, value in values.items() if name.endswith("_timeout") and name != "min_timeout"
+        }
+        timeouts.update({section_setting(name): seconds for name, seconds in sections})
+        return {name: seconds for name, seconds in timeouts.items() if seconds is not None}
+
     def describe(self) -> str:
         """The settings that are in force, in one line."""
-        values = dataclasses.asdict(self)
-        sections = values.pop("rank_section_timeouts")
-        values.update({f"rank_section_timeouts[{name}]": seconds for name, seconds in sections.items()})
-        return ", ".join(f"{name}={value}" for name, value in values.items() if value is not None)
+        others = ("safety_factor", "min_timeout", "rank_termination_signal", "log_level")
+        values = {**self.timeouts(), **{name: getattr(self, name) for name in others}}
+        return ", ".join(
+            f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in values.items()
+        )
+
+
+CALCULATED_SETTINGS = ("initial_rank_heartbeat_timeout", "rank_heartbeat_timeout", "rank_out_of_section_timeout")
+
+
+def section_setting(name: str) -> str:
+    """The setting that limits a section."""
+    return f"rank_section_timeouts[{name}]"
+
+
+def section_of(setting: str) -> str | None:
+    """The section that a setting limits, if it limits one."""
+    return setting[22:-1] if setting.startswith("rank_section_timeouts[") else None
 
 
 # --------------------------------------------------------------------------------------------------- messages
@@ -254,6 +296,7 @@ MESSAGE_FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
     "init": {"rank": (int,)},
     "heartbeat": {"step": (int, type(None))},
     "section": {"name": (str,), "open": (bool,)},
+    "timeouts": {"calculated": (dict,), "note": (str, type(None))},
     "bye": {"error": (str, type(None))},
 }
 
@@ -275,6 +318,8 @@ def decode_message(line: bytes) -> dict[str, Any] | None:
         message = json.loads(line)
         fields = MESSAGE_FIELDS[message["type"]]
         understood = all(isinstance(message[name], types) for name, types in fields.items())
+        if message["type"] == "timeouts":
+            FaultToleranceConfig().with_calculated(message["calculated"])
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return message if understood else None
@@ -304,34 +349,107 @@ class MessageReader:
 
 
 class Clock(NamedTuple):
-    """One running clock: the setting that limits it, when it started, and its limit in seconds."""
+    """One running clock: the setting that limits it, when it started, and its limit in seconds, if it has one."""
 
     setting: str
     since: float
-    limit: float
+    limit: float | None
     waiting_for: str
 
     @property
     def deadline(self) -> float:
-        return self.since + self.limit
+        return math.inf if self.limit is None else self.since + self.limit
+
+
+class Lap(NamedTuple):
+    """A clock that was stopped in time."""
+
+    setting: str
+    seconds: float
+    limit: float | None
 
 
 class Clocks:
-    """What a rank has told so far, and which clocks therefore run. Pure: `now` goes in, in seconds."""
+    """What a rank has told so far, and which clocks therefore run. Pure: `now` goes in, in seconds.
 
-    def __init__(self, config: FaultToleranceConfig, now: float) -> None:
-        self.config = config
+    Sections in `measured` rest the heartbeat clocks even if they have no timeout.
+    """
+
+    def __init__(self, config: FaultToleranceConfig, now: float, measured: frozenset[str] = frozenset()) -> None:
+        self.configured = config
+        self.config = config  # with the calculated timeouts in it
+        self.calculated: dict[str, float] = {}
+        self.note: str | None = None  # the file that takes the verdict when a calculated timeout ends the rank
+        self.measured = measured
         self.started: float = now  # process start
         self.connected: float | None = None  # last init
         self.heartbeat: float | None = None  # last heartbeat since init
         self.step: int | None = None  # the last one that a heartbeat carried
         self.sections: dict[str, float] = {}  # open sections and when they were entered
-        self.left_timed: float | None = None  # when the last section with a timeout was left
+        self.left_timed: float | None = None  # when the last section that rests the heartbeat clocks was left
         self.left_any: float | None = None  # when the last section was left
         self.over: float | None = None  # when bye arrived
         self.error: str | None = None  # what bye said
 
-    def hear(self, message: Mapping[str, Any], now: float) -> None:
+    def hear(self, message: Mapping[str, Any], now: float) -> list[Lap]:
+        """Take in a message; return the clocks that it stopped or started anew."""
+        before = self.running()
+        self._take_in(message, now)
+        since = {clock.setting: clock.since for clock in self.running()}
+        stopped = [clock for clock in before if since.get(clock.setting) != clock.since]
+        return [Lap(clock.setting, now - clock.since, clock.limit) for clock in stopped]
+
+    def restart(self, now: float) -> None:
+        """Start all running clocks anew, for a time in which nobody could run."""
+        self.started = now
+        self.sections = dict.fromkeys(self.sections, now)
+        for name in ("connected", "heartbeat", "left_timed", "left_any", "over"):
+            if getattr(self, name) is not None:
+                setattr(self, name, now)
+
+    def first(self) -> Clock | None:
+        """The clock that runs out first, if any has a limit."""
+        clock = min(self.running(), key=lambda clock: clock.deadline, default=None)
+        return None if clock is None or clock.limit is None else clock
+
+    def running(self) -> list[Clock]:
+        """The clocks that run now, with and without a limit."""
+        config = self.config
+        if self.over is not None:
+            waiting_for = "no end of the process after its error"
+            return (
+                [Clock("exit_timeout", self.over, config.exit_timeout, waiting_for)] if self.error is not None else []
+            )
+        if self.connected is None:
+            waiting_for = "no connection after process start"
+            return [Clock("startup_timeout", self.started, config.startup_timeout, waiting_for)]
+        clocks = [
+            Clock(section_setting(name), entered, self._limit(name), f"in section {name!r}")
+            for name, entered in self.sections.items()
+        ]
+        if not clocks:
+            since = self.connected if self.left_any is None else self.left_any
+            limit = config.rank_out_of_section_timeout
+            clocks.append(Clock("rank_out_of_section_timeout", since, limit, "outside of all sections"))
+        if not any(map(self._is_timed, self.sections)):
+            clocks.append(self._heartbeat_clock(self.connected))
+        return clocks
+
+    def _heartbeat_clock(self, connected: float) -> Clock:
+        rested = connected if self.left_timed is None else self.left_timed
+        if self.heartbeat is None:
+            limit, setting = self.config.initial_rank_heartbeat_timeout, "initial_rank_heartbeat_timeout"
+            return Clock(setting, max(connected, rested), limit, "no first heartbeat")
+        limit = self.config.rank_heartbeat_timeout
+        return Clock("rank_heartbeat_timeout", max(self.heartbeat, rested), limit, "no heartbeat")
+
+    def _limit(self, section: str) -> float | None:
+        return self.config.rank_section_timeouts.get(section)
+
+    def _is_timed(self, section: str) -> bool:
+        return self._limit(section) is not None or section in self.measured
+
+    def _take_in(self, message: Mapping[str, Any], now: float) -> None:
         kind = message["type"]
         if kind == "init":
             self.connected, self.heartbeat, self.over, self.error = now, None, None, None
@@ -343,53 +461,13 @@ class Clocks:
             self.sections.setdefault(message["name"], now)
         elif kind == "section" and self.sections.pop(message["name"], None) is not None:
             self.left_any = now
-            if self._section_limit(message["name"]) is not None:
+            if self._is_timed(message["name"]):
                 self.left_timed = now
+        elif kind == "timeouts":
+            self.calculated, self.note = message["calculated"], message["note"]
+            self.config = self.configured.with_calculated(self.calculated)
         elif kind == "bye":
             self.over, self.error = now, message["error"]
-
-    def restart(self, now: float) -> None:
-        """Start all running clocks anew, for a time in which nobody could run."""
-        self.started = now
-        self.sections = dict.fromkeys(self.sections, now)
-        for name in ("connected", "heartbeat", "left_timed", "left_any", "over"):
-            if getattr(self, name) is not None:
-                setattr(self, name, now)
-
-    def running(self) -> list[Clock]:
-        """All clocks that run now and have a limit."""
-        return [Clock(name, since, limit, what) for name, since, limit, what in self._all() if limit is not None]
-
-    def first(self) -> Clock | None:
-        """The clock that runs out first."""
-        return min(self.running(), key=lambda clock: clock.deadline, default=None)
-
-    def _section_limit(self, name: str) -> float | None:
-        return self.config.rank_section_timeouts.get(name)
-
-    def _all(self) -> Iterator[tuple[str, float, float | None, str]]:
-        config = self.config
-        if self.over is not None:
-            if self.error is not None:
-                yield "exit_timeout", self.over, config.exit_timeout, "no end of the process after its error"
-            return
-        if self.connected is None:
-            yield "startup_timeout", self.started, config.startup_timeout, "no connection after process start"
-            return
-        for name, entered in self.sections.items():
-            yield f"rank_section_timeouts[{name}]", entered, self._section_limit(name), f"in section {name!r}"
-        if not self.sections:
-            since = self.connected if self.left_any is None else self.left_any
-            yield "rank_out_of_section_timeout", since, config.rank_out_of_section_timeout, "outside of all sections"
-        if any(self._section_limit(name) is not None for name in self.sections):
-            return
-        if self.heartbeat is None:
-            since, limit = self.connected, config.initial_rank_heartbeat_timeout
-            setting, what = "initial_rank_heartbeat_timeout", "no first heartbeat"
-        else:
-            since, limit = self.heartbeat, config.rank_heartbeat_timeout
-            setting, what = "rank_heartbeat_timeout", "no heartbeat"
-        yield setting, max(since, self.left_timed or since), limit, what
 
 
 # ------------------------------------------------------------------------------------------- the rank's end
@@ -397,6 +475,23 @@ class Clocks:
 
 class RankMonitorClientError(RuntimeError):
     """The client was used in a way that cannot work; the message says what to do."""
+
+
+class HeartbeatTimeouts(NamedTuple):
+    """The timeouts of heartbeats that are in force, in seconds; None is never."""
+
+    initial: float | None
+    subsequent: float | None
+    were_calculated: bool
+
+
+class SectionTimeouts(NamedTuple):
+    """The timeouts of sections that are in force, in seconds; None is never."""
+
+    section: Mapping[str, float | None]
+    out_of_section: float | None
+    calculated_sections: frozenset[str]
+    is_out_of_section_calculated: bool
 
 
 class RankMonitorClient:
@@ -410,21 +505,32 @@ class RankMonitorClient:
         client.shutdown_workload_monitoring()
 
     No method waits for the monitor: when it does not read, heartbeats are dropped and all else is kept for later.
+
+    The client measures how long each clock runs, and can calculate timeouts from that. They replace the configured
+    ones at once. `state_dict` and `load_state_dict` carry them from one run to the next.
     """
+
+    STATE_VERSION = 1
 
     def __init__(self) -> None:
         self.is_initialized = False
         self.config = FaultToleranceConfig()  # as the launcher gave it, from init_workload_monitoring() on
+        self.calculated: dict[str, float] = {}  # calculated timeouts, by setting, in seconds
+        self.note: str | None = None  # file in which the monitor notes that a calculated timeout ended this rank
+        self._set_aside: frozenset[str] = frozenset()  # calculated timeouts that are not in force
+        self._earlier: dict[str, float] = {}  # what earlier runs have calculated
+        self._longest: dict[str, float] = {}  # the longest time on each clock since the connection
+        self._clocks = Clocks(self.config, time.monotonic())
         self._pipe: Connection | None = None
-        self._open_sections: set[str] = set()
         # What must not get lost while a frozen monitor leaves the pipe full; far more than any loop sends by then.
         self._unsent: collections.deque[bytes] = collections.deque(maxlen=10_000)
 
-    def init_workload_monitoring(self) -> None:
+    def init_workload_monitoring(self, measure: Collection[str] = ()) -> None:
         """Connect to the monitor.
 
-        Raises RankMonitorClientError (a RuntimeError) when this process was not started by ft_launcher.py or
-        ft_monitor.py, or is connected already.
+        Sections that have an entry in `rank_section_timeouts`, and those named in `measure`, are timed sections for
+        the calculation of timeouts. Raises RankMonitorClientError (a RuntimeError) when this process was not started
+        by ft_launcher.py or ft_monitor.py, or is connected already.
         """
         if self.is_initialized:
             raise RankMonitorClientError("already connected: call shutdown_workload_monitoring() first")
@@ -438,8 +544,12 @@ class RankMonitorClient:
         os.set_inheritable(int(descriptor), False)
         os.set_blocking(int(descriptor), False)
         self._pipe = Connection(os.dup(int(descriptor)), readable=False)
+        self._clocks = Clocks(self.config, time.monotonic(), frozenset([*self.config.rank_section_timeouts, *measure]))
+        self._longest = {}
         self.is_initialized = True
         self._send("init", rank=rank_number())
+        if self.calculated:
+            self._send_timeouts()
 
     def send_heartbeat(self, step: int | None = None) -> None:
         """Say that this rank is alive, at `step` of the training where it is known."""
@@ -447,21 +557,19 @@ class RankMonitorClient:
 
     def start_section(self, section: str) -> None:
         """Enter a named section; sections may nest and overlap, but a name can be open only once."""
-        if section in self._open_sections:
+        if section in self._clocks.sections:
             raise RankMonitorClientError(f"section {section!r} is open already: call end_section({section!r}) first")
         self._send("section", name=section, open=True)
-        self._open_sections.add(section)
 
     def end_section(self, section: str) -> None:
         """Leave a named section, which must be open."""
-        if section not in self._open_sections:
+        if section not in self._clocks.sections:
             raise RankMonitorClientError(f"section {section!r} is not open: call start_section({section!r}) first")
         self._send("section", name=section, open=False)
-        self._open_sections.remove(section)
 
     def end_all_sections(self) -> None:
         """Leave all sections that are open."""
-        for section in sorted(self._open_sections):
+        for section in sorted(self._clocks.sections):
             self.end_section(section)
 
     def shutdown_workload_monitoring(self, error: str | None = None) -> None:
@@ -471,19 +579,123 @@ class RankMonitorClient:
         self._send("bye", error=error)
         self._pipe.close()
         self._pipe, self.is_initialized = None, False
-        self._open_sections.clear()
         self._unsent.clear()
 
+    @property
+    def open_sections(self) -> frozenset[str]:
+        return frozenset(self._clocks.sections)
+
+    # -- timeouts
+
+    def timeouts_in_force(self) -> dict[str, float]:
+        """The timeouts that are set, configured and calculated, in seconds, by setting."""
+        return self.config.with_calculated(self._in_force()).timeouts()
+
+    @property
+    def hb_timeouts(self) -> HeartbeatTimeouts:
+        config = self.config.with_calculated(self._in_force())
+        calculated = "rank_heartbeat_timeout" in self._in_force()
+        return HeartbeatTimeouts(config.initial_rank_heartbeat_timeout, config.rank_heartbeat_timeout, calculated)
+
+    @property
+    def section_timeouts(self) -> SectionTimeouts:
+        in_force = self._in_force()
+        config = self.config.with_calculated(in_force)
+        calculated = frozenset(filter(None, map(section_of, in_force)))
+        is_calculated = "rank_out_of_section_timeout" in in_force
+        return SectionTimeouts(
+            config.rank_section_timeouts, config.rank_out_of_section_timeout, calculated, is_calculated
+        )
+
+    def calculate_and_set_hb_timeouts(self, skip_if_not_ready: bool = False, *, calc_initial: bool = True) -> bool:
+        """Calculate the timeouts of heartbeats from what all ranks have seen since they connected.
+
+        All ranks must call it, at the same place. Returns True when new timeouts are in force. When some rank has
+        not seen enough, returns False if `skip_if_not_ready`, and raises RankMonitorClientError otherwise.
+        """
+        initial = ["initial_rank_heartbeat_timeout"] if calc_initial else []
+        return self._calculate(["rank_heartbeat_timeout", *initial], skip_if_not_ready)
+
+    def calculate_and_set_section_timeouts(
+        self,
+        selected_sections: Collection[str] | None = None,
+        calc_out_of_section: bool = True,
+        skip_if_not_ready: bool = False,
+    ) -> bool:
+        """As calculate_and_set_hb_timeouts(), for the selected sections, by default all that are measured."""
+        sections = self._clocks.measured if selected_sections is None else selected_sections
+        outside = ["rank_out_of_section_timeout"] if calc_out_of_section else []
+        return self._calculate([*map(section_setting, sorted(sections)), *outside], skip_if_not_ready)
+
+    def set_timeouts_aside(self, *settings: str) -> None:
+        """Put the configured timeouts in force instead of these calculated ones, until they are calculated again."""
+        self._set_aside = self._set_aside.union(settings)
+        self._send_timeouts()
+
+    def observe(self, setting: str, seconds: float) -> None:
+        """Count a time that this client could not measure itself, such as one spent in another thread."""
+        self._longest[setting] = max(seconds, self._longest.get(setting, 0.0))
+
     def state_dict(self) -> dict[str, Any]:
-        """What a later run can be given by load_state_dict(); the same on all ranks."""
-        return {}
+        """What a later run can be given by load_state_dict(); the same on all ranks after a calculation."""
+        return {"version": self.STATE_VERSION, "timeouts": dict(self.calculated)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the state of an earlier run, before or after init_workload_monitoring()."""
+        """Take over the timeouts of an earlier run, before or after init_workload_monitoring().
+
+        Raises ConfigError (a ValueError) for a state that is not one.
+        """
+        if not isinstance(state, Mapping) or state.get("version") != self.STATE_VERSION:
+            raise ConfigError(f"got {str(state)[:100]}, expected a state of version {self.STATE_VERSION}")
+        timeouts = state.get("timeouts")
+        if not isinstance(timeouts, Mapping):
+            raise ConfigError(f"timeouts: got {timeouts!r}, expected seconds by setting")
+        FaultToleranceConfig().with_calculated(timeouts)
+        self.calculated = {str(name): parse_positive(seconds) for name, seconds in timeouts.items()}
+        self._earlier = dict(self.calculated)
+        if self.is_initialized:
+            self._send_timeouts()
+
+    def _calculate(self, settings: Sequence[str], skip_if_not_ready: bool) -> bool:
+        if self._pipe is None:
+            raise RankMonitorClientError("not connected: call init_workload_monitoring() first")
+        # A section that has no timeout yet does not rest the monitor's heartbeat clock, as it does ours.
+        untimed = [section_setting(name) for name in sorted(self._clocks.measured)]
+        asked = sorted({*settings, *untimed})
+        now = time.monotonic()
+        for clock in self._clocks.running():  # a time that still runs counts as far as it has come
+            if clock.setting == "rank_out_of_section_timeout":
+                self.observe(clock.setting, now - clock.since)
+        longest = dict(zip(asked, maximum_of_ranks([self._longest.get(name, 0.0) for name in asked]), strict=True))
+        missing = [name for name in settings if not longest[name]]
+        if missing and skip_if_not_ready:
+            return False
+        if missing:
+            raise RankMonitorClientError(f"not enough data to calculate {', '.join(missing)}: no rank has seen it yet")
+        timed = {*settings, *self._in_force()} | {section_setting(name) for name in self.config.rank_section_timeouts}
+        in_steps = sum(longest[name] for name in untimed if name not in timed)
+        for name in settings:
+            extra = in_steps if name == "rank_heartbeat_timeout" else 0.0
+            self.calculated[name] = calculated_timeout(
+                longest[name] + extra, self.config.safety_factor, self.config.min_timeout, self._earlier.get(name)
+            )
+        self._set_aside = self._set_aside.difference(settings)
+        self._send_timeouts()
+        return True
+
+    def _in_force(self) -> dict[str, float]:
+        floor = self.config.min_timeout
+        return {name: max(value, floor) for name, value in self.calculated.items() if name not in self._set_aside}
+
+    def _send_timeouts(self) -> None:
+        self._send("timeouts", calculated=self._in_force(), note=self.note)
+
+    # -- the pipe
 
     def _send(self, kind: str, **fields: Any) -> None:
         if self._pipe is None:
             raise RankMonitorClientError("not connected: call init_workload_monitoring() first")
+        laps = self._clocks.hear({"type": kind, **fields}, time.monotonic())
         line = encode_message(kind, **fields)
         try:
             while self._unsent:
@@ -495,6 +707,39 @@ class RankMonitorClient:
                 self._unsent.append(line)
         except OSError:
             self._unsent.clear()  # the monitor is gone, and the kernel ends this process with it
+        for lap in laps:
+            self._count(lap)
+
+    def _count(self, lap: Lap) -> None:
+        self.observe(lap.setting, lap.seconds)
+        if lap.setting in self._clocks.calculated and lap.limit is not None and lap.seconds > lap.limit / 2:
+            # It nearly ran out: the work has changed since it was calculated. Waiting for the next calculation,
+            # or for the other ranks, could be too late.
+            self.calculated[lap.setting] = max(lap.seconds * self.config.safety_factor, lap.limit)
+            self._send_timeouts()
+
+
+def calculated_timeout(longest: float, factor: float, floor: float, earlier: float | None) -> float:
+    """A timeout from the longest time seen, in seconds; the mean with an earlier one, so that outliers fade."""
+    timeout = longest * factor if earlier is None else (longest * factor + earlier) / 2
+    return round(max(timeout, floor), 3)
+
+
+def maximum_of_ranks(values: Sequence[float]) -> list[float]:
+    """The maximum over all ranks of each value, if there is a process group; else the values.
+
+    Raises RuntimeError when the other ranks do not take part within SYNC_SECONDS.
+    """
+    dist = sys.modules.get("torch.distributed")  # whoever has a process group has imported it
+    if dist is None or not dist.is_available() or not dist.is_initialized():
+        return list(values)
+    import torch
+
+    on_cpu = any(name in dist.get_backend() for name in ("gloo", "mpi"))
+    device = torch.device("cpu") if on_cpu else torch.accelerator.current_accelerator()
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, async_op=True).wait(datetime.timedelta(seconds=SYNC_SECONDS))
+    return [float(value) for value in tensor.tolist()]
 
 
 def is_writable_pipe(descriptor: str) -> bool:
@@ -570,12 +815,12 @@ def kill_session(session: int, within: float = REAP_SECONDS) -> list[int]:
         time.sleep(0.01)
 
 
-def write_json(path: Path, values: Mapping[str, Any], durable: bool = False) -> None:
+def write_json(path: Path, values: Mapping[str, Any], durable: bool = False, indent: int | None = None) -> None:
     """Write beside the file and rename, so that a reader never sees half; `durable` survives a power cut too."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(beside, "w", encoding="utf-8") as file:
-            json.dump(values, file)
+            json.dump(values, file, indent=indent)
             file.write("\n")
             file.flush()
             if durable:
@@ -611,6 +856,7 @@ class RankMonitor:
         self.report_path = report_path
         self.clocks = Clocks(config, time.monotonic())
         self.reader = MessageReader()
+        self.slowest: dict[str, float] = {}  # the longest times that were warned of, by setting, in seconds
         self.rank: subprocess.Popen[bytes]  # from _start() on
         self.pipe: Connection | None = None  # read end; None again when no process holds the write end
         self.signals, self._signals_in = os.pipe()  # numbers of the signals that arrived
@@ -625,7 +871,8 @@ class RankMonitor:
             "started": None,  # wall clock, seconds since the epoch
             "ended": None,
             "step": None,  # of the last heartbeat
-            "verdict": None,  # the clock that ran out: {setting, limit, waited, step}
+            "timeouts": {},  # in force, by setting, in seconds
+            "verdict": None,  # the clock that ran out: {setting, limit, calculated, waited, step}
             "stopped": None,  # why the monitor ended the rank; null: it ended by itself
             "error": None,  # the exception that ended training
             "status": None,  # exit code, or -N for signal N
@@ -725,11 +972,21 @@ class RankMonitor:
     def _take_in(self, data: bytes, now: float) -> None:
         skipped = self.reader.skipped
         for message in self.reader.feed(data):
-            self.clocks.hear(message, now)
-            if message["type"] in ("init", "bye"):
+            for lap in self.clocks.hear(message, now):
+                self._warn_if_slow(lap)
+            if message["type"] in ("init", "timeouts", "bye"):
                 self._write_report()
         if self.reader.skipped and not skipped:
             log.warning("%s: skipped what is not a message on its pipe, and will from now on", self._who())
+
+    def _warn_if_slow(self, lap: Lap) -> None:
+        """Say that a clock nearly ran out, but not again at every step of a training that is always slow."""
+        if lap.limit is None or lap.seconds <= max(lap.limit / 2, 1.1 * self.slowest.get(lap.setting, 0.0)):
+            return
+        self.slowest[lap.setting] = lap.seconds
+        log.warning(
+            "%s: slow%s: %.1f s, limit %g s (%s)", self._who(), self._at_step(), lap.seconds, lap.limit, lap.setting
+        )
 
     def _obey(self, now: float) -> None:
         try:
@@ -762,11 +1019,19 @@ class RankMonitor:
     # -- ending the rank
 
     def _end_hung_rank(self, clock: Clock, now: float) -> None:
-        waited = now - clock.since
+        waited, limit = now - clock.since, clock.limit or 0.0
+        calculated = clock.setting in self.clocks.calculated
         self.report["verdict"] = {
-            "setting": clock.setting, "limit": clock.limit, "waited": round(waited, 3), "step": self.clocks.step
-        }  # fmt: skip
-        reason = f"hung: {clock.waiting_for} for {waited:.1f} s{self._at_step()} (limit {clock.limit:g} s)"
+            "setting": clock.setting,
+            "limit": limit,
+            "calculated": calculated,
+            "waited": round(waited, 3),
+            "step": self.clocks.step,
+        }
+        if calculated and self.clocks.note:
+            self._write(Path(self.clocks.note), self.report["verdict"])
+        kind = "calculated limit" if calculated else "limit"
+        reason = f"hung: {clock.waiting_for} for {waited:.1f} s{self._at_step()} ({kind} {limit:g} s)"
         termination = signal.Signals[self.config.rank_termination_signal]
         log.warning("%s: %s; sending %s", self._who(), reason, termination.name)
         self._stopping(reason, now + TERMINATION_SECONDS)
@@ -820,14 +1085,17 @@ class RankMonitor:
         return "" if self.clocks.step is None else f" at step {self.clocks.step}"
 
     def _write_report(self) -> None:
-        self.report.update(step=self.clocks.step, error=self.clocks.error)
-        if self.report_path is None:
-            return
-        try:
-            write_json(self.report_path, self.report)
-        except OSError as error:
-            log.warning("%s: cannot write its report %s: %s", self._who(), self.report_path, error.strerror)
+        self.report.update(step=self.clocks.step, error=self.clocks.error, timeouts=self.clocks.config.timeouts())
+        if self.report_path is not None and not self._write(self.report_path, self.report):
             self.report_path = None
+
+    def _write(self, path: Path, values: Mapping[str, Any]) -> bool:
+        try:
+            write_json(path, values)
+        except OSError as error:
+            log.warning("%s: cannot write %s: %s", self._who(), path, error.strerror)
+            return False
+        return True
 
 
 # ------------------------------------------------------------------------------------------------------ main

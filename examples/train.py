@@ -1,7 +1,6 @@
 """A character-level language model, trained with Lightning so that it survives crashes, hangs and time limits.
 
-    ./autoresume.sh python ft_launcher.py --nproc-per-node=2 --max-restarts=3 --ft-rank-heartbeat-timeout=20 \\
-        examples/train.py --fault rank_killed
+    ./autoresume.sh python ft_launcher.py --nproc-per-node=2 --max-restarts=3 examples/train.py --fault rank_killed
 
 What makes it so is marked with numbers:
   1. devices and nodes come from the launcher;
@@ -86,7 +85,9 @@ def main() -> None:
         logger=False,
         callbacks=[
             ModelCheckpoint(dirpath=args.dir, save_last=True, save_on_train_epoch_end=True),  # 2
-            FaultToleranceCallback(autoresume=True, simulated_fault_params=fault),  # 4
+            FaultToleranceCallback(
+                autoresume=True, calculate_timeouts=True, exp_dir=args.dir, simulated_fault_params=fault
+            ),  # 4
             TQDMProgressBar(refresh_rate=10),
         ],
     )
