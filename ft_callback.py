@@ -15,7 +15,7 @@ Hook                                     what it does
     Trainer.save_checkpoint (wrapped)    section "checkpointing"; calculates timeouts; writes FLAG.progress
     on_fit_end                           training ended, and not by an exception
     teardown                             creates the finished flag, disconnects
-    on_exception                         disconnects, with the exception's type and message
+    on_exception                         disconnects, with the exception and the line it came from
 
 Sections, which have timeouts of their own, so that those of heartbeats can be short
     first_batch    train start to the end of the first training batch, which may compile and warm up
@@ -49,7 +49,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ft_monitor import FaultToleranceConfig, RankMonitorClient, section_setting, write_json
+from ft_monitor import FaultToleranceConfig, RankMonitorClient, describe_error, section_setting, write_json
 
 
 def lightning_package() -> str:
@@ -271,7 +271,7 @@ class FaultToleranceCallback(pl.Callback):
                 self._update_timeouts(trainer)
             except RuntimeError as error:
                 self.logger.warning("timeouts are not calculated, other ranks did not stop here: %s", error)
-        self._disconnect(f"{type(exception).__name__}: {exception}".removesuffix(": "))
+        self._disconnect(describe_error(exception))
 
     # -- the connection
 
@@ -339,6 +339,8 @@ class FaultToleranceCallback(pl.Callback):
         self._note_progress(trainer, checkpoint.get("global_step", 0), checkpoint.get("epoch", 0), path)
 
     def _note_progress(self, trainer: pl.Trainer, step: int, epoch: int, path: Any) -> None:
+        if trainer.is_global_zero:
+            self._client.report_saved(step)
         flag = os.environ.get(FLAG_VARIABLE)
         if self.autoresume and flag and trainer.is_global_zero:
             values = {"step": step, "epoch": epoch, "checkpoint": str(path), "time": timestamp()}

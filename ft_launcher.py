@@ -2,6 +2,8 @@
 """torchrun plus fault tolerance: starts the ranks of this node, each under a monitor, and restarts them when one fails.
 
     python ft_launcher.py --nproc-per-node=4 --max-restarts=3 --ft-rank-heartbeat-timeout=60 train.py --lr 0.1
+    python ft_launcher.py --ft-status [RUN_DIR] [-w]    how the ranks of a run on this host do; -w keeps watching
+    python ft_launcher.py --ft-report [RUN_DIR]         what became of each attempt, and where the time went
 
 Takes every option of torchrun, and those that begin with --ft. What follows the script belongs to the script.
 
@@ -21,8 +23,11 @@ Environment that it sets for monitors and ranks
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE   1 unless set: ranks that are restarted get a store of their own
 
 Files in FT_RUN_DIR
-    attempt_<n>/rank<N>.json   the monitor's report of a rank
-    logs/                      torchrun's --log-dir, unless it is given
+    attempt_<n>/rank<N>.json        the monitor's report of a rank
+    attempt_<n>/rank<N>.stacks.txt  the rank's stacks
+    latest                          link to the newest attempt
+    incidents.jsonl                 one line for each attempt that has ended
+    logs/                           torchrun's --log-dir, unless it is given
 
 Exit codes
     0      the workers ended well
@@ -34,20 +39,22 @@ Exit codes
 from __future__ import annotations
 
 import argparse
+import collections
 import functools
 import importlib
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed.launcher.api
 import torch.distributed.run
@@ -62,37 +69,324 @@ from ft_monitor import ConfigError, FaultToleranceConfig
 
 EXIT_FAILED = 1
 STOP_MARGIN_SECONDS = 20.0  # what a monitor may take after its rank's grace: SIGKILL, reaping, report
+MAX_PLACES = 4  # in a verdict, which must fit a screen
+SHOW_FLAGS = ("--ft-status", "--ft-report")
+# What gloo, NCCL and c10d say when another rank is gone or does not come.
+COMMUNICATION_ERROR = re.compile(
+    "connection|peer|timed? ?out|timeout|nccl|gloo|broken pipe|ProcessGroup|TCPStore|DistBackendError", re.IGNORECASE
+)
 
 log = logging.getLogger("ft_launcher")
 
 
-# --------------------------------------------------------------------------------------------------- reports
+# -------------------------------------------------------------------------------------- what happened, from reports
+
+Report = dict[str, Any]  # what a monitor writes: see RankMonitor.report
 
 
-def read_reports(directory: Path) -> list[dict[str, Any]]:
-    """The monitors' reports of one attempt, in the order of ranks; what cannot be read is missing."""
+class Place(NamedTuple):
+    """Where a rank's main thread was: the innermost line that is not a library's, and the innermost function."""
+
+    file: str
+    line: int
+    function: str
+    leaf: str
+    waits: bool  # for other ranks, as far as one can tell
+
+    def __str__(self) -> str:
+        leaf = "" if self.leaf == self.function else f" -> {self.leaf}"
+        return f"{os.path.basename(self.file)}:{self.line} in {self.function}{leaf}"
+
+
+def read_reports(directory: Path) -> list[Report]:
+    """The monitors' reports of one attempt, in the order of ranks; what cannot be read costs a line, and is missing."""
     reports = []
     for path in directory.glob("rank*.json"):
         try:
-            reports.append(dict(json.loads(path.read_text(encoding="utf-8"))))
-        except (OSError, ValueError) as error:
+            report = json.loads(path.read_text(encoding="utf-8"))
+            reports.append(collections.defaultdict(lambda: None, report, rank=int(report["rank"])))
+        except (OSError, ValueError, TypeError, KeyError) as error:
             log.warning("cannot read the report %s: %s", path, error)
     return sorted(reports, key=lambda report: report["rank"])
 
 
-def describe_failure(report: dict[str, Any]) -> str | None:
-    """What was wrong with a rank, in one sentence; None for one that ended well or was ended for another's sake."""
-    step = "" if report["step"] is None else f" at step {report['step']}"
-    who = f"rank {report['rank']} (pid {report['pid']})"
-    if report["ended"] is None:
-        return f"{who}: its monitor (pid {report['monitor_pid']}) was killed"
-    if report["verdict"] is not None:
-        return f"{who} {report['stopped']}; killed"
-    if report["stopped"] is not None or report["status"] == 0:
+def read_place(path: Path) -> Place | None:
+    """The place of the main thread in the last stacks that faulthandler has written to a file."""
+    try:
+        text = path.read_text(errors="replace")
+    except OSError:
         return None
-    status = report["status"]
-    how = f"exit code {status}" if status > 0 else f"ended by {signal.Signals(-status).name}"
-    return f"{who} failed{step}: {report['error']} ({how})" if report["error"] else f"{who} failed{step}: {how}"
+    for dump in reversed(text.split(f"\n{ft_monitor.STACKS_HEADER} ")):
+        threads = re.split(r"^(?:Current thread|Thread) 0x", dump, flags=re.MULTILINE)
+        frames = re.findall(r'File "(.+)", line (\d+) in (.+)', threads[-1])  # the main thread is the oldest, and last
+        if frames:
+            file, line, function = next((f for f in frames if not ft_monitor.is_library(f[0])), frames[-1])
+            leaf_file, _, leaf = frames[0]
+            waits = "/torch/distributed/" in leaf_file or leaf == "_engine_run_backward"
+            return Place(file, int(line), function, leaf, waits)
+    return None
+
+
+def failed_by_itself(report: Report) -> bool:
+    """Whether a rank raised, crashed or lost its monitor, whatever was done to it afterwards."""
+    crashed = report["stopped"] is None and report["status"] != 0
+    return report["error"] is not None or report["ended"] is None or crashed
+
+
+def failure_time(report: Report) -> float:
+    return float(report["error_time"] or report["ended"] or 0.0)
+
+
+def find_suspect(reports: Sequence[Report], places: Mapping[int, Place]) -> tuple[Report, bool] | None:
+    """The rank that failed first or fell behind first, and whether that is certain; not merely the first one ended."""
+    failed = [report for report in reports if failed_by_itself(report)]
+    # What a rank raises when it waits for one that is gone, or does not come, tells nothing of that one.
+    own = [report for report in failed if not COMMUNICATION_ERROR.search(report["error"] or "")]
+    if own:
+        return min(own, key=failure_time), True
+    others = [report for report in reports if report not in failed]
+    if failed and not others:
+        return min(failed, key=failure_time), False
+    return fell_behind(others, places) if others else None
+
+
+def fell_behind(reports: Sequence[Report], places: Mapping[int, Place]) -> tuple[Report, bool]:
+    """Of ranks that hang, or wait for one that does: who is stopped, at the lowest step, silent for longest, or odd."""
+    stopped = [report for report in reports if (report["state"] or {}).get("state") == "T"]
+    if stopped:
+        return stopped[0], len(stopped) == 1
+    lowest = min(-1 if report["step"] is None else report["step"] for report in reports)
+    left = [report for report in reports if (-1 if report["step"] is None else report["step"]) == lowest]
+    if len(left) == 1:
+        return left[0], True
+    newest = max(report["heartbeat"] or 0.0 for report in left)
+    left = [report for report in left if (report["heartbeat"] or 0.0) < newest - 1.0] or left
+    busy = [report for report in left if report["rank"] in places and not places[report["rank"]].waits]
+    left = busy or left
+    crowd = collections.Counter(places.get(report["rank"]) for report in left)
+    return min(left, key=lambda report: crowd[places.get(report["rank"])]), len(reports) == 1
+
+
+def describe_failure(report: Report) -> str:
+    """What was wrong with a rank, in one sentence."""
+    who = f"rank {report['rank']} (pid {report['pid']})"
+    if report["error"] is not None:
+        return f"{who} failed: {report['error']}"
+    if report["ended"] is None:
+        return f"{who}: its monitor (pid {report['monitor_pid']}) was killed, and the rank with it"
+    if report["stopped"] is not None:
+        return f"{who} {report['stopped']}" if report["verdict"] else f"{who} did not go on"
+    status = report["status"] or 0
+    if status > 0:
+        return f"{who} ended with exit code {status}"
+    if -status != signal.SIGKILL:
+        return f"{who} ended by {signal.Signals(-status).name}"
+    memory = f": out of memory, the kernel counts {report['oom_kills']} such kills here meanwhile"
+    return f"{who} ended by SIGKILL, which nobody here sent{memory if report['oom_kills'] else ' (out of memory?)'}"
+
+
+def describe_places(suspect: int, places: Mapping[int, Place]) -> str:
+    """Where the ranks were, in one line: the suspect first, then those who were at the same place together."""
+    groups = collections.defaultdict(list)
+    for rank, place in places.items():
+        if rank != suspect:
+            groups[place].append(rank)
+    parts = [f"rank {suspect} is at {places[suspect]}"] if suspect in places else []
+    for place, ranks in sorted(groups.items(), key=lambda group: -len(group[1]))[:MAX_PLACES]:
+        verb = ("waits" if len(ranks) == 1 else "wait") if place.waits else ("is" if len(ranks) == 1 else "are")
+        parts.append(f"{ranks_text(ranks)} {verb} at {place}")
+    if len(groups) > MAX_PLACES:
+        parts.append(f"{len(groups) - MAX_PLACES} more places")
+    return "; ".join(parts)
+
+
+def ranks_text(ranks: Iterable[int]) -> str:
+    """rank 3; ranks 0-2, 5."""
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    text = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return f"rank {text}" if len(runs) == 1 and len(runs[0]) == 1 else f"ranks {text}"
+
+
+def duration(seconds: float) -> str:
+    """8.1 s; 14 m 31 s; 3 h 02 m."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} m" if hours else f"{minutes} m {rest:02d} s"
+
+
+def incident(
+    attempt: int, start: float, reports: Sequence[Report], places: Mapping[int, Place], stopped: str | None
+) -> dict[str, Any]:
+    """One line of incidents.jsonl. Times are seconds since the epoch; steps are the training's.
+
+    `stopped`: why all ranks were stopped, where that was not for a failure of one of them.
+    """
+    well = stopped is not None or all(report["status"] == 0 for report in reports)
+    suspect, certain = (None if well else find_suspect(reports, places)) or (None, True)
+    heartbeats = [report["heartbeat"] for report in reports if report["heartbeat"]]
+    return {
+        "attempt": attempt,
+        "host": socket.gethostname(),
+        "start": start,
+        "first_heartbeat": min((r["first_heartbeat"] for r in reports if r["first_heartbeat"]), default=None),
+        # Where ranks waited for one, no step was made after its last heartbeat.
+        "last_heartbeat": min(heartbeats, default=None),
+        "end": max((r["ended"] for r in reports if r["ended"]), default=time.time()),
+        "first_step": min((r["first_step"] for r in reports if r["first_step"] is not None), default=None),
+        "last_step": max((r["step"] for r in reports if r["step"] is not None), default=None),
+        "saved_step": max((r["saved"] for r in reports if r["saved"] is not None), default=None),
+        "statuses": {str(r["rank"]): r["status"] for r in reports},
+        "suspect": None if suspect is None else suspect["rank"],
+        "certain": certain,
+        "verdict": stopped if suspect is None else describe_failure(suspect),
+        "ranks_at": "" if suspect is None else describe_places(suspect["rank"], places),
+    }
+
+
+# ------------------------------------------------------------------------------------------ where the time went
+
+
+def read_incidents(run_dir: Path) -> list[dict[str, Any]]:
+    incidents = []
+    for line in (run_dir / "incidents.jsonl").read_text(encoding="utf-8").splitlines():
+        try:
+            incidents.append(dict(json.loads(line)))
+        except ValueError:
+            log.warning("skipped a line of %s that is not JSON", run_dir / "incidents.jsonl")
+    return incidents
+
+
+class TimeSpent(NamedTuple):
+    """Where the wall time of a run went, in seconds; `repeated` counts steps that were done again."""
+
+    total: float
+    counted: float  # steps whose results are part of the training
+    lost: float  # steps that were done again
+    detection: float  # from the last heartbeat to the end of the attempt
+    restart: float  # from the end of an attempt to the start of the next
+    setup: float  # from a start to its first heartbeat
+    repeated: int
+
+
+def time_spent(incidents: Sequence[Mapping[str, Any]]) -> TimeSpent:
+    counted = lost = detection = restart = setup = 0.0
+    repeated = 0
+    for index, this in enumerate(incidents):
+        following = incidents[index + 1] if index + 1 < len(incidents) else None
+        first, last = this["first_heartbeat"], this["last_heartbeat"]
+        setup += (first or this["end"]) - this["start"]
+        restart += following["start"] - this["end"] if following else 0.0
+        if first is None or last is None:
+            continue
+        steps = (this["last_step"] or 0) - (this["first_step"] or 0)
+        kept = (
+            steps
+            if following is None
+            else (following["first_step"] or this["saved_step"] or 0) - (this["first_step"] or 0)
+        )
+        kept = min(max(kept, 0), steps)
+        share = kept / steps if steps else float(this["suspect"] is None)
+        counted += (last - first) * share
+        lost += (last - first) * (1 - share)
+        detection += this["end"] - last
+        repeated += steps - kept
+    total = incidents[-1]["end"] - incidents[0]["start"] if incidents else 0.0
+    return TimeSpent(total, counted, lost, detection, restart, setup, repeated)
+
+
+def render_report(incidents: Sequence[Mapping[str, Any]], width: int = 100) -> str:
+    """A row for each attempt, and where the time went; no line is longer than `width`."""
+    lines = [f"{'attempt':>7}  {'started':<8}  {'ran':>10}  {'steps':>15}  {'saved':>7}  why it ended"]
+    for row in incidents:
+        started = time.strftime("%H:%M:%S", time.localtime(row["start"]))
+        steps = "none" if row["last_step"] is None else f"{row['first_step']}-{row['last_step']}"
+        why = row["verdict"] or "ended well"
+        saved = "-" if row["saved_step"] is None else row["saved_step"]
+        ran = duration(row["end"] - row["start"])
+        text = f"{row['attempt']:>7}  {started:<8}  {ran:>10}  {steps:>15}  {saved:>7}  {why}"
+        lines.append(text if len(text) <= width else f"{text[: width - 3]}...")
+    spent = time_spent(incidents)
+    share = 100 * spent.counted / spent.total if spent.total else 0.0
+    lines.append(f"goodput {share:.1f} %: {duration(spent.counted)} of {duration(spent.total)} in steps that counted")
+    lines.append(
+        f"lost: {duration(spent.setup)} set-up, {duration(spent.lost)} in {spent.repeated} steps done twice, "
+        f"{duration(spent.detection)} detection, {duration(spent.restart)} restart"
+    )
+    return "\n".join(lines)
+
+
+def render_status(reports: Sequence[Report], now: float) -> str:
+    """A row for each rank of an attempt that runs."""
+    lines = [f"{'rank':>4}  {'pid':>8}  {'attempt':>7}  {'step':>10}  {'heartbeat':>9}  {'limit':>8}  phase"]
+    for report in reports:
+        timeouts = report["timeouts"] or {}
+        clock = "rank_heartbeat_timeout" if report["heartbeat"] else "initial_rank_heartbeat_timeout"
+        since = report["heartbeat"] or report["connected"] or report["started"] or now
+        age = "-" if report["ended"] else f"{now - since:.1f} s"
+        limit = f"{timeouts[clock]:g} s" if clock in timeouts else "none"
+        step = "-" if report["step"] is None else report["step"]
+        row = f"{report['rank']:>4}  {report['pid']:>8}  {report['attempt']:>7}  {step:>10}  {age:>9}  {limit:>8}"
+        lines.append(f"{row}  {phase(report)}")
+    return "\n".join(lines)
+
+
+def phase(report: Report) -> str:
+    if report["ended"]:
+        return report["stopped"] or f"ended with status {report['status']}"
+    if report["error"] is not None:
+        return f"failed: {report['error']}"
+    if report["sections"]:
+        return f"in {', '.join(report['sections'])}"
+    if report["heartbeat"]:
+        return "training"
+    return "set-up" if report["connected"] else "starting"
+
+
+def find_run_dir(path: Path) -> Path:
+    """`path` if it is a run directory, else the newest one below it. Raises ConfigError when there is none."""
+    if (path / "latest").is_symlink():
+        return path
+    runs = sorted(path.glob("*/latest"), key=lambda link: link.lstat().st_mtime)
+    if not runs:
+        raise ConfigError(f"no run found in {str(path)!r}: give the directory that ft_launcher prints as evidence")
+    return runs[-1].parent
+
+
+def show(argv: Sequence[str]) -> int:
+    """--ft-status and --ft-report."""
+    parser = argparse.ArgumentParser(prog="ft_launcher.py")
+    what = parser.add_mutually_exclusive_group(required=True)
+    for flag in SHOW_FLAGS:
+        what.add_argument(flag, metavar="RUN_DIR", type=Path, nargs="?", const=Path(default_run_dir()))
+    parser.add_argument("-w", "--watch", action="store_true", help="show the status again every second")
+    args = parser.parse_args(argv)
+    try:
+        run_dir = find_run_dir(args.ft_status or args.ft_report)
+        if args.ft_report is not None:
+            print(f"{run_dir}\n{render_report(read_incidents(run_dir))}")
+            return 0
+        while True:
+            text = render_status(read_reports(run_dir / "latest"), time.time())
+            print(
+                f"\033[H\033[J{run_dir}\n{text}" if args.watch and sys.stdout.isatty() else f"{run_dir}\n{text}",
+                flush=True,
+            )
+            if not args.watch:
+                return 0
+            time.sleep(1.0)
+    except FileNotFoundError:
+        parser.error(f"no attempt of {str(run_dir)!r} has ended yet: see --ft-status")
+    except ConfigError as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        return 0
 
 
 # ----------------------------------------------------------------------------------------------------- agent
@@ -108,6 +402,8 @@ class FaultToleranceAgent(LocalElasticAgent):
         super().__init__(*args, **kwargs)
         self._run_dir = run_dir
         self._attempt = -1
+        self._started = 0.0  # the newest attempt, wall clock
+        self._noted = -1  # the newest attempt that is in incidents.jsonl
         spec = self._worker_group.spec
         command = rank_command(spec.entrypoint, spec.args)
         # -I -S: quick to start, and nothing of the user's is imported instead of a standard module of the same name.
@@ -117,7 +413,9 @@ class FaultToleranceAgent(LocalElasticAgent):
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         self._attempt += 1
+        self._started = time.time()
         self._attempt_dir.mkdir(parents=True, exist_ok=True)
+        point_link(self._run_dir / "latest", self._attempt_dir.name)
         os.environ["FT_ATTEMPT"] = str(self._attempt)
         return super()._start_workers(worker_group)
 
@@ -133,6 +431,8 @@ class FaultToleranceAgent(LocalElasticAgent):
     def _stop_workers(self, worker_group: WorkerGroup, *args: Any, **kwargs: Any) -> None:
         """Called before every restart, also when this node's workers are well and another node's failed."""
         self._end_workers()
+        if self._note_incident("another node's workers failed, or nodes joined"):
+            log.warning("attempt %d: another node's workers failed, or nodes joined; restarting", self._attempt)
         super()._shutdown()
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30, **kwargs: Any) -> None:
@@ -140,10 +440,15 @@ class FaultToleranceAgent(LocalElasticAgent):
         # From here every wait is bounded, and a second signal would only leave workers behind.
         for number in ft_monitor.STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
+        stopped = None
         if self._pcontext is not None and self._worker_group.state == WorkerState.HEALTHY:
+            stopped = f"stopped by {death_sig.name}"
             log.warning("passing %s on to the ranks; they have %s s to end", death_sig.name, timeout)
         super()._shutdown(death_sig, timeout + int(STOP_MARGIN_SECONDS), **kwargs)
         self._sweep()
+        self._note_incident(stopped)
+        if self._attempt > 0:
+            log.info("%s", render_report(read_incidents(self._run_dir)))
 
     @property
     def _attempt_dir(self) -> Path:
@@ -175,15 +480,47 @@ class FaultToleranceAgent(LocalElasticAgent):
                 continue
         return False
 
+    def _note_incident(self, stopped: str | None = None) -> dict[str, Any] | None:
+        """Write down how an attempt ended, once, and return it."""
+        if self._noted == self._attempt:
+            return None
+        self._noted = self._attempt
+        reports = read_reports(self._attempt_dir)
+        places = {
+            rank: read_place(self._attempt_dir / f"rank{rank}.stacks.txt") for rank in [r["rank"] for r in reports]
+        }
+        known = {rank: place for rank, place in places.items() if place is not None}
+        entry = incident(self._attempt, self._started, reports, known, stopped)
+        try:
+            with open(self._run_dir / "incidents.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            log.warning("cannot write %s: %s", self._run_dir / "incidents.jsonl", error.strerror)
+        return entry
+
     def _explain(self) -> None:
-        reasons = [describe_failure(report) for report in read_reports(self._attempt_dir)]
-        what_next = f"restarting, {self._remaining_restarts} of {self._worker_group.spec.max_restarts} left"
-        log.error(
-            "attempt %d: %s; %s",
-            self._attempt,
-            "; ".join(filter(None, reasons)) or "its workers failed",
-            what_next if self._remaining_restarts else "no restarts left",
-        )
+        """The roll call: who, where, and what happens next."""
+        entry = self._note_incident()
+        if entry is None:
+            return
+        step = "" if entry["last_step"] is None else f" at step {entry['last_step']}"
+        verdict = entry["verdict"] or "its workers failed"
+        guess = "" if entry["certain"] else "suspect: "
+        left, most = self._remaining_restarts, self._worker_group.spec.max_restarts
+        lines = [
+            f"attempt {self._attempt} ended after {duration(entry['end'] - entry['start'])}{step}: {guess}{verdict}",
+            entry["ranks_at"] and f"  {entry['ranks_at']}",
+            f"  evidence: {self._attempt_dir}; {f'restarting, {left} of {most} left' if left else 'no restarts left'}",
+        ]
+        log.error("%s", "\n".join(filter(None, lines)))
+
+
+def point_link(link: Path, target: str) -> None:
+    """Let a symbolic link point elsewhere, with no moment at which it is missing."""
+    beside = link.with_name(f".{link.name}.{os.getpid()}")
+    beside.unlink(missing_ok=True)
+    beside.symlink_to(target)
+    beside.replace(link)
 
 
 def rank_command(entrypoint: Any, args: Sequence[Any]) -> list[str]:
@@ -278,10 +615,14 @@ def launch(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args, config = parse_arguments(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0].replace("_", "-").partition("=")[0] in SHOW_FLAGS:
+        return show(argv)
+    args, config = parse_arguments(argv)
     ft_monitor.configure_logging("ft_launcher", config.log_level, "ft_launcher")
     prepare_environment(config, args.ft_run_dir)
-    off = "" if config.watches_steps else "; hang detection is off: set --ft-rank-heartbeat-timeout"
+    off = "; hang detection is off: set --ft-rank-heartbeat-timeout, or calculate_timeouts in the callback"
+    off = "" if config.watches_steps else off
     log.info("settings: %s; evidence: %s%s", config.describe(), args.ft_run_dir, off)
     try:
         launch(args)

@@ -10,17 +10,18 @@ or signal. `RankMonitorClient`, below, is the rank's end of the pipe, for any Py
 Environment
     variable       set by    read by          meaning
     FT_CONFIG      launcher  monitor, client  the configuration as JSON
-    FT_RUN_DIR     launcher  monitor          directory of the reports; without it none is written
-    FT_ATTEMPT     launcher  monitor          0, 1, 2 ...: how often this launcher has started workers
+    FT_RUN_DIR     launcher  monitor, client  directory of the evidence; without it none is written
+    FT_ATTEMPT     launcher  monitor, client  0, 1, 2 ...: how often this launcher has started workers
     FT_MONITOR_FD  monitor   client           file descriptor of the pipe's write end
 
 Messages, one JSON object a line, at most 4,096 bytes, from the rank to the monitor only
     type       fields            meaning
-    init       rank              connected
+    init       rank, stacks      connected; whether the rank writes its stacks when asked by STACKS_SIGNAL
     heartbeat  step              alive; the step is the training's, or null
     section    name, open        entered (true) or left (false) a named section
     timeouts   calculated, note  these calculated timeouts replace the configured ones, until the next such message;
                                  when one of them ends the rank, the monitor writes its verdict to the file `note`
+    saved      step              a checkpoint is safely on disk
     bye        error             monitoring ends: training is over (null), or failed with this error
 
 Clocks, in seconds; "none" is never. The first that runs out decides.
@@ -36,11 +37,16 @@ Timeouts can be calculated: the longest time on a clock that any rank has seen, 
 min_timeout.
 
 How a rank is ended
-    a clock ran out                      termination signal to its session, after 5 s SIGKILL
+    half of a clock passed               a warning and its stacks; nothing is ended
+    a clock ran out                      verdict, stacks, termination signal to its session, after 5 s SIGKILL
     SIGTERM, SIGINT, SIGHUP or SIGQUIT   passed on to the rank, after the grace SIGKILL to its session
-    SIGABRT (a peer of the rank failed)  SIGKILL to its session
+    SIGABRT (a peer of the rank failed)  stacks, SIGKILL to its session
     the monitor's parent died            SIGKILL to its session
     the rank ended by itself             SIGKILL to what is left of its session
+
+Files in FT_RUN_DIR/attempt_<FT_ATTEMPT>
+    rank<N>.json        the report: how the rank does, at most a second old, and how it ended
+    rank<N>.stacks.txt  stacks of all its threads, each time they were asked for
 """
 
 from __future__ import annotations
@@ -51,6 +57,7 @@ import ctypes
 import dataclasses
 import datetime
 import difflib
+import faulthandler
 import json
 import logging
 import math
@@ -62,7 +69,9 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -72,13 +81,18 @@ MAX_MESSAGE_BYTES = 4096  # PIPE_BUF on Linux: a write of this size is whole or 
 TERMINATION_SECONDS = 5.0  # from the termination signal of a hung rank to SIGKILL
 REAP_SECONDS = 10.0  # from SIGKILL to giving up on a process that the kernel does not end (D state)
 SUSPENDED_SECONDS = 5.0  # a monitor that wakes later than this was suspended, and its rank most likely with it
+STACKS_SECONDS = 1.0  # how long a rank may take to write its stacks; 1 ms is usual
+HALF_TIME_WARNINGS = 3  # in one attempt, so that a training whose steps are always slow does not fill the log
+REPORT_SECONDS = 1.0  # between reports of a rank that is well
 SYNC_SECONDS = 60.0  # how long the ranks wait for each other when they calculate timeouts
 DEFAULT_GRACE_SECONDS = 30.0  # as torchrun's --shutdown-timeout
 PARENT_DIED = signal.SIGURG  # sent by the kernel; by default a process ignores it, so a stray one is harmless
 
+STACKS_SIGNAL = getattr(signal, "SIGRTMIN", 34) + 5  # used by nobody; only sent to a rank that has armed it
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 PASSED_ON_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
 PEER_FAILED = signal.SIGABRT
+STACKS_HEADER = "==="  # begins the line before each dump of stacks
 
 log = logging.getLogger("ft_monitor")
 
@@ -293,10 +307,11 @@ def section_of(setting: str) -> str | None:
 # --------------------------------------------------------------------------------------------------- messages
 
 MESSAGE_FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
-    "init": {"rank": (int,)},
+    "init": {"rank": (int,), "stacks": (bool,)},
     "heartbeat": {"step": (int, type(None))},
     "section": {"name": (str,), "open": (bool,)},
     "timeouts": {"calculated": (dict,), "note": (str, type(None))},
+    "saved": {"step": (int,)},
     "bye": {"error": (str, type(None))},
 }
 
@@ -390,6 +405,8 @@ class Clocks:
         self.left_any: float | None = None  # when the last section was left
         self.over: float | None = None  # when bye arrived
         self.error: str | None = None  # what bye said
+        self.has_stacks = False  # whether the rank writes its stacks when asked
+        self.saved: int | None = None  # step of the newest checkpoint that is on disk
 
     def hear(self, message: Mapping[str, Any], now: float) -> list[Lap]:
         """Take in a message; return the clocks that it stopped or started anew."""
@@ -454,6 +471,7 @@ class Clocks:
         if kind == "init":
             self.connected, self.heartbeat, self.over, self.error = now, None, None, None
             self.sections, self.left_timed, self.left_any = {}, None, None
+            self.has_stacks = message["stacks"]
         elif kind == "heartbeat":
             self.heartbeat = now
             self.step = self.step if message["step"] is None else message["step"]
@@ -466,6 +484,8 @@ class Clocks:
         elif kind == "timeouts":
             self.calculated, self.note = message["calculated"], message["note"]
             self.config = self.configured.with_calculated(self.calculated)
+        elif kind == "saved":
+            self.saved = message["step"]
         elif kind == "bye":
             self.over, self.error = now, message["error"]
 
@@ -522,6 +542,7 @@ class RankMonitorClient:
         self._longest: dict[str, float] = {}  # the longest time on each clock since the connection
         self._clocks = Clocks(self.config, time.monotonic())
         self._pipe: Connection | None = None
+        self._lock = threading.RLock()  # a thread may save a checkpoint while training goes on
         # What must not get lost while a frozen monitor leaves the pipe full; far more than any loop sends by then.
         self._unsent: collections.deque[bytes] = collections.deque(maxlen=10_000)
 
@@ -547,7 +568,7 @@ class RankMonitorClient:
         self._clocks = Clocks(self.config, time.monotonic(), frozenset([*self.config.rank_section_timeouts, *measure]))
         self._longest = {}
         self.is_initialized = True
-        self._send("init", rank=rank_number())
+        self._send("init", rank=rank_number(), stacks=arm_stacks())
         if self.calculated:
             self._send_timeouts()
 
@@ -571,6 +592,11 @@ class RankMonitorClient:
         """Leave all sections that are open."""
         for section in sorted(self._clocks.sections):
             self.end_section(section)
+
+    def report_saved(self, step: int) -> None:
+        """Say that the checkpoint of `step` is safely on disk. Without a connection, do nothing."""
+        if self.is_initialized:
+            self._send("saved", step=step)
 
     def shutdown_workload_monitoring(self, error: str | None = None) -> None:
         """End monitoring: training is over, or failed with `error`. Without a connection, do nothing."""
@@ -695,20 +721,23 @@ class RankMonitorClient:
     def _send(self, kind: str, **fields: Any) -> None:
         if self._pipe is None:
             raise RankMonitorClientError("not connected: call init_workload_monitoring() first")
-        laps = self._clocks.hear({"type": kind, **fields}, time.monotonic())
-        line = encode_message(kind, **fields)
+        with self._lock:
+            laps = self._clocks.hear({"type": kind, **fields}, time.monotonic())
+            self._write(self._pipe.fileno(), encode_message(kind, **fields), keep=kind != "heartbeat")
+            for lap in laps:
+                self._count(lap)
+
+    def _write(self, descriptor: int, line: bytes, keep: bool) -> None:
         try:
             while self._unsent:
-                os.write(self._pipe.fileno(), self._unsent[0])
+                os.write(descriptor, self._unsent[0])
                 self._unsent.popleft()
-            os.write(self._pipe.fileno(), line)
+            os.write(descriptor, line)
         except BlockingIOError:  # the monitor does not read (frozen, or its host overloaded): training goes on
-            if kind != "heartbeat":
+            if keep:
                 self._unsent.append(line)
         except OSError:
             self._unsent.clear()  # the monitor is gone, and the kernel ends this process with it
-        for lap in laps:
-            self._count(lap)
 
     def _count(self, lap: Lap) -> None:
         self.observe(lap.setting, lap.seconds)
@@ -742,6 +771,37 @@ def maximum_of_ranks(values: Sequence[float]) -> list[float]:
     return [float(value) for value in tensor.tolist()]
 
 
+def is_library(file: str) -> bool:
+    """Whether a line of a stack belongs to Python, to an installed package or to these modules, not to the user."""
+    stdlib = os.path.dirname(os.__file__)
+    own = os.path.basename(file) in ("ft_monitor.py", "ft_callback.py")
+    return own or file.startswith(("<frozen", stdlib)) or "site-packages" in file or "dist-packages" in file
+
+
+def describe_error(error: BaseException) -> str:
+    """An exception and the user's line that it came from, in one line."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not is_library(frame.filename)]
+    place = f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno} in {frames[-1].name})" if frames else ""
+    text = " ".join(f"{type(error).__name__}: {error}".removesuffix(": ").split())
+    return (text if len(text) <= 300 else f"{text[:300]}...") + place
+
+
+def arm_stacks() -> bool:
+    """Let this process write the stacks of all its threads when it gets STACKS_SIGNAL; return whether it will.
+
+    faulthandler answers even while the main thread is stuck in C code and holds the interpreter's lock.
+    """
+    path = evidence_path("stacks.txt")
+    if path is None or threading.current_thread() is not threading.main_thread():
+        return False
+    try:
+        file = open(path, "ab")  # noqa: SIM115  faulthandler keeps it
+        faulthandler.register(STACKS_SIGNAL, file=file, all_threads=True, chain=False)
+    except (OSError, ValueError, RuntimeError):
+        return False
+    return True
+
+
 def is_writable_pipe(descriptor: str) -> bool:
     try:
         return stat.S_ISFIFO(os.fstat(int(descriptor)).st_mode)
@@ -753,6 +813,14 @@ def rank_number() -> int:
     """This process's rank, as torchrun or srun gives it; 0 without them."""
     text = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
     return int(text) if text.isdecimal() else 0
+
+
+def evidence_path(kind: str) -> Path | None:
+    """This rank's file in the evidence of this attempt; None without a launcher."""
+    directory = os.environ.get("FT_RUN_DIR")
+    if not directory:
+        return None
+    return Path(directory) / f"attempt_{os.environ.get('FT_ATTEMPT') or 0}" / f"rank{rank_number()}.{kind}"
 
 
 # ------------------------------------------------------------------------------------------------- processes
@@ -777,6 +845,26 @@ def session_members(session: int) -> list[int]:
         if int(its_session) == session and state not in (b"Z", b"X"):
             members.append(int(pid))
     return members
+
+
+def process_state(pid: int) -> dict[str, str]:
+    """What the kernel says a process does: its state (R, S, D, T ...) and where in the kernel it waits. Linux only."""
+    state = {}
+    for name, path in (("state", f"/proc/{pid}/stat"), ("wchan", f"/proc/{pid}/wchan")):
+        try:
+            state[name] = Path(path).read_text(errors="replace").rpartition(")")[2].split()[0]
+        except (OSError, IndexError):
+            continue  # no Linux, not ours to read, or it ended
+    return state
+
+
+def oom_kills() -> int:
+    """How many processes of this host the kernel has killed for want of memory since it was booted. Linux only."""
+    try:
+        counters = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
+    except OSError:
+        return 0
+    return int(counters.get("oom_kill", 0))
 
 
 def signal_session(session: int, number: int) -> None:
@@ -854,8 +942,12 @@ class RankMonitor:
         self.grace = grace
         self.parent_pid = os.getppid() if parent_pid is None else parent_pid
         self.report_path = report_path
+        self.report_written = -math.inf  # when
+        self.oom_kills = oom_kills()
         self.clocks = Clocks(config, time.monotonic())
         self.reader = MessageReader()
+        self.half_time: Clock | None = None  # the last that half of was warned of
+        self.half_time_warnings = HALF_TIME_WARNINGS  # left
         self.slowest: dict[str, float] = {}  # the longest times that were warned of, by setting, in seconds
         self.rank: subprocess.Popen[bytes]  # from _start() on
         self.pipe: Connection | None = None  # read end; None again when no process holds the write end
@@ -869,10 +961,20 @@ class RankMonitor:
             "monitor_pid": os.getpid(),
             "pid": None,
             "started": None,  # wall clock, seconds since the epoch
+            "connected": None,
+            "first_heartbeat": None,
+            "heartbeat": None,  # the last one
+            "error_time": None,
             "ended": None,
+            "first_step": None,  # of the first heartbeat
             "step": None,  # of the last heartbeat
+            "saved": None,  # step of the newest checkpoint that this rank has reported
+            "sections": [],  # that are open
             "timeouts": {},  # in force, by setting, in seconds
             "verdict": None,  # the clock that ran out: {setting, limit, calculated, waited, step}
+            "state": {},  # of the process when a clock ran out: {state, wchan}
+            "stacks": None,  # whether it wrote its stacks before it was ended; null: it was not asked
+            "oom_kills": 0,  # on this host while the rank ran
             "stopped": None,  # why the monitor ended the rank; null: it ended by itself
             "error": None,  # the exception that ended training
             "status": None,  # exit code, or -N for signal N
@@ -914,7 +1016,10 @@ class RankMonitor:
     def _start(self) -> None:
         self.pipe, write_end = multiprocessing.Pipe(duplex=False)
         os.set_blocking(self.pipe.fileno(), False)
-        environment = os.environ | {"FT_MONITOR_FD": str(write_end.fileno()), "FT_CONFIG": self.config.to_json()}
+        defaults = {"PYTHONFAULTHANDLER": "1"}  # a rank that crashes in C code leaves its stack
+        environment = (
+            defaults | os.environ | {"FT_MONITOR_FD": str(write_end.fileno()), "FT_CONFIG": self.config.to_json()}
+        )
         monitor_pid = os.getpid()
 
         def die_with_the_monitor() -> None:
@@ -952,7 +1057,13 @@ class RankMonitor:
         if self.kill_at is not None:
             return self.kill_at
         clock = self.clocks.first()
-        return None if clock is None else clock.deadline
+        if clock is None:
+            return None
+        return half_time(clock) if self._half_time_is_due(clock) else clock.deadline
+
+    def _half_time_is_due(self, clock: Clock) -> bool:
+        noted = self.half_time is not None and self.half_time[:2] == clock[:2]
+        return self.half_time_warnings > 0 and not noted
 
     def _hear(self, now: float) -> None:
         """Take in what is in the pipe, but not for ever if the rank keeps filling it."""
@@ -974,10 +1085,18 @@ class RankMonitor:
         for message in self.reader.feed(data):
             for lap in self.clocks.hear(message, now):
                 self._warn_if_slow(lap)
-            if message["type"] in ("init", "timeouts", "bye"):
+            self._note_times(message["type"])
+            if now - self.report_written >= REPORT_SECONDS or message["type"] not in ("heartbeat", "section"):
                 self._write_report()
         if self.reader.skipped and not skipped:
             log.warning("%s: skipped what is not a message on its pipe, and will from now on", self._who())
+
+    def _note_times(self, kind: str) -> None:
+        """Wall clock, for people."""
+        report, names = self.report, {"init": ["connected"], "heartbeat": ["heartbeat"], "bye": ["error_time"]}
+        report.update(dict.fromkeys(names.get(kind, []), time.time()))
+        if kind == "heartbeat" and report["first_heartbeat"] is None:
+            report.update(first_heartbeat=report["heartbeat"], first_step=self.clocks.step)
 
     def _warn_if_slow(self, lap: Lap) -> None:
         """Say that a clock nearly ran out, but not again at every step of a training that is always slow."""
@@ -999,6 +1118,7 @@ class RankMonitor:
             elif number in PASSED_ON_SIGNALS:
                 signal_process(self.rank.pid, number)
             elif number == PEER_FAILED:
+                self._take_stacks("its peer failed")
                 self._kill("its peer failed", now)
             # A launcher that starts its ranks from a thread sends this when the thread ends.
             elif number == PARENT_DIED and os.getppid() != self.parent_pid:
@@ -1013,8 +1133,15 @@ class RankMonitor:
                 self._kill(None, now)
             return
         clock = self.clocks.first()
-        if clock is not None and now >= clock.deadline:
+        if clock is None:
+            return
+        if now >= clock.deadline:
             self._end_hung_rank(clock, now)
+        elif self._half_time_is_due(clock) and now >= half_time(clock):
+            self.half_time, self.half_time_warnings = clock, self.half_time_warnings - 1
+            what = f"{clock.waiting_for} for {now - clock.since:.1f} s{self._at_step()}, limit {clock.limit:g} s"
+            log.warning("%s: %s; took its stacks", self._who(), what)
+            self._ask_for_stacks(what)
 
     # -- ending the rank
 
@@ -1034,7 +1161,9 @@ class RankMonitor:
         reason = f"hung: {clock.waiting_for} for {waited:.1f} s{self._at_step()} ({kind} {limit:g} s)"
         termination = signal.Signals[self.config.rank_termination_signal]
         log.warning("%s: %s; sending %s", self._who(), reason, termination.name)
+        self.report["state"] = process_state(self.rank.pid)
         self._stopping(reason, now + TERMINATION_SECONDS)
+        self._take_stacks(reason)
         if termination == signal.SIGKILL:
             self._kill(None, now)
             return
@@ -1053,6 +1182,35 @@ class RankMonitor:
             self.abandon_at = now + REAP_SECONDS
             signal_session(self.rank.pid, signal.SIGKILL)
 
+    def _ask_for_stacks(self, why: str) -> int | None:
+        """Let the rank add its stacks to its file, below a line that tells why; return the size before, if it can."""
+        path = evidence_path("stacks.txt")
+        if path is None or not self.clocks.has_stacks:
+            return None
+        try:
+            with open(path, "ab") as file:
+                file.write(f"\n{STACKS_HEADER} {time.strftime('%H:%M:%S')} {why}\n".encode())
+                size = file.tell()
+        except OSError:
+            return None
+        signal_process(self.rank.pid, STACKS_SIGNAL)
+        return size
+
+    def _take_stacks(self, why: str) -> None:
+        """Wait for the stacks, but not for long: a process in uninterruptible sleep writes none."""
+        size = self._ask_for_stacks(why)
+        self.report["stacks"] = False
+        if size is None:
+            return
+        signal_session(self.rank.pid, signal.SIGCONT)  # a stopped process does not answer
+        path, deadline = evidence_path("stacks.txt"), time.monotonic() + STACKS_SECONDS
+        while time.monotonic() < deadline and path is not None:
+            time.sleep(0.01)  # the stacks are written in one go, much quicker than this
+            before, size = size, path.stat().st_size
+            if size == before and self.report["stacks"]:
+                return
+            self.report["stacks"] = self.report["stacks"] or size > before
+
     def _stopping(self, reason: str | None, kill_at: float) -> None:
         """Write down why before the rank, and then the launcher, can notice."""
         self.kill_at = kill_at
@@ -1064,7 +1222,7 @@ class RankMonitor:
         left = kill_session(self.rank.pid)
         status = self.rank.wait()
         self._hear(time.monotonic())  # its last words
-        self.report.update(ended=time.time(), status=status)
+        self.report.update(ended=time.time(), status=status, oom_kills=oom_kills() - self.oom_kills)
         self._write_report()
         if left:
             log.error("%s: processes %s of its session do not end after SIGKILL", self._who(), left)
@@ -1085,7 +1243,10 @@ class RankMonitor:
         return "" if self.clocks.step is None else f" at step {self.clocks.step}"
 
     def _write_report(self) -> None:
-        self.report.update(step=self.clocks.step, error=self.clocks.error, timeouts=self.clocks.config.timeouts())
+        clocks = self.clocks
+        self.report_written = time.monotonic()
+        self.report.update(step=clocks.step, saved=clocks.saved, sections=list(clocks.sections))
+        self.report.update(error=clocks.error, timeouts=clocks.config.timeouts())
         if self.report_path is not None and not self._write(self.report_path, self.report):
             self.report_path = None
 
@@ -1098,15 +1259,11 @@ class RankMonitor:
         return True
 
 
+def half_time(clock: Clock) -> float:
+    return clock.since + (clock.limit or 0.0) / 2
+
+
 # ------------------------------------------------------------------------------------------------------ main
-
-
-def report_path() -> Path | None:
-    """Where the launcher expects this rank's report; None without a launcher."""
-    directory = os.environ.get("FT_RUN_DIR")
-    if not directory:
-        return None
-    return Path(directory) / f"attempt_{os.environ.get('FT_ATTEMPT') or 0}" / f"rank{rank_number()}.json"
 
 
 def configure_logging(name: str, level: str, prefix: str) -> None:
@@ -1153,7 +1310,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, FaultToler
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     args, config = parse_arguments(sys.argv[1:] if argv is None else argv)
     configure_logging("ft_monitor", config.log_level, f"ft_monitor attempt {os.environ.get('FT_ATTEMPT') or 0}")
-    monitor = RankMonitor(args.command, config, args.shutdown_timeout, args.parent_pid, report_path())
+    monitor = RankMonitor(args.command, config, args.shutdown_timeout, args.parent_pid, evidence_path("json"))
     try:
         status = monitor.run()
     except (FileNotFoundError, PermissionError) as error:
