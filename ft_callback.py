@@ -45,11 +45,19 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ft_monitor import FaultToleranceConfig, RankMonitorClient, describe_error, section_setting, write_json
+from ft_monitor import (
+    CHECKPOINTING,
+    FaultToleranceConfig,
+    RankMonitorClient,
+    WorkloadControlRequest,
+    describe_error,
+    section_setting,
+    write_json,
+)
 
 
 def lightning_package() -> str:
@@ -69,7 +77,7 @@ else:
 
 FAULT_SIGNALS = {"rank_killed": signal.SIGKILL, "rank_hung": signal.SIGSTOP}
 FLAG_VARIABLE = "FAULT_TOL_FINISHED_FLAG_FILE"
-FIRST_BATCH, CHECKPOINTING, FINISHING = "first_batch", "checkpointing", "finishing"
+FIRST_BATCH, FINISHING = "first_batch", "finishing"
 MIN_BATCHES = 16  # training batches before heartbeat timeouts are calculated
 HEARTBEAT = "rank_heartbeat_timeout"
 
@@ -165,6 +173,8 @@ class FaultToleranceCallback(pl.Callback):
         exp_dir: where calculated timeouts are kept, the same for all runs of this training; created if missing. By
             default ft_state in Trainer.log_dir, or beside its version_<N> if loggers number it anew in every run.
         logger_name: of the logger to use; by default one whose lines appear as Lightning's own do.
+        exc_handling_policy: is given the exception that ended training, and may return a request to the launcher:
+            WorkloadControlRequest(WorkloadAction.ShutdownWorkload or .ExcludeThisNode, "why").
 
     `setup` raises RuntimeError when the process was not started by ft_launcher.py, when `autoresume` is set but
     FAULT_TOL_FINISHED_FLAG_FILE is not, when no timeout is configured, stored or to be calculated, and when `exp_dir`
@@ -178,11 +188,13 @@ class FaultToleranceCallback(pl.Callback):
         simulated_fault_params: SimulatedFaultParams | Mapping[str, Any] | None = None,
         exp_dir: str | os.PathLike[str] | None = None,
         logger_name: str | None = None,
+        exc_handling_policy: Callable[[BaseException], WorkloadControlRequest | None] | None = None,
     ) -> None:
         self.autoresume = autoresume
         self.calculate_timeouts = calculate_timeouts
         self.simulated_fault_params = SimulatedFaultParams.parse(simulated_fault_params)
         self.exp_dir = exp_dir
+        self.exc_handling_policy = exc_handling_policy
         self.logger = logging.getLogger(logger_name or f"{pl.__name__}.FaultToleranceCallback")
         self._client = RankMonitorClient()
         self._state = TimeoutState()
@@ -271,6 +283,10 @@ class FaultToleranceCallback(pl.Callback):
                 self._update_timeouts(trainer)
             except RuntimeError as error:
                 self.logger.warning("timeouts are not calculated, other ranks did not stop here: %s", error)
+        if self.exc_handling_policy is not None and self._client.is_initialized:
+            request = self.exc_handling_policy(exception)
+            if request is not None:
+                self._client.send_workload_control_request(request)
         self._disconnect(describe_error(exception))
 
     # -- the connection
@@ -500,8 +516,9 @@ def read_kills(notes: Iterable[Path]) -> dict[str, int]:
 
 def schedule_fault(params: SimulatedFaultParams, trainer: pl.Trainer, logger: logging.Logger) -> threading.Timer | None:
     """Start the clock of a simulated fault, if it is this rank's."""
-    # All ranks draw the same numbers, another set in each attempt; this takes no communication.
-    rng = random.Random(f"{os.environ.get('TORCHELASTIC_RUN_ID')} {os.environ.get('FT_ATTEMPT')}")
+    # All ranks draw the same numbers, another set in each attempt, without communication. The nodes of a job may
+    # count attempts differently, but the port is a new one each time, and the same for all.
+    rng = random.Random(f"{os.environ.get('TORCHELASTIC_RUN_ID')} {os.environ.get('MASTER_PORT')}")
     rank = rng.randrange(trainer.world_size) if params.rank_to_fail is None else params.rank_to_fail
     fault_type = rng.choice(sorted(FAULT_SIGNALS)) if params.fault_type == "random" else params.fault_type
     delay = params.base_delay + rng.random() * params.rand_delay

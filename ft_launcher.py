@@ -29,10 +29,16 @@ Files in FT_RUN_DIR
     incidents.jsonl                 one line for each attempt that has ended
     logs/                           torchrun's --log-dir, unless it is given
 
+When it does not restart, although restarts are left
+    --ft-max-no-progress-cycles attempts in a row have saved no new checkpoint
+    the same exception came from the same line twice, with no new step in between: a bug in the code
+    a rank asked for the shutdown of the workload, or to leave this node out
+
 Exit codes
-    0      the workers ended well
-    1      they failed, and the restarts are used up
+    0      the workers ended well, or other nodes go on without this one
+    1      they failed, and the restarts are used up, or the nodes lost each other
     2      wrong usage; nothing was started
+    93     do not run this again; the reason is in the file $FAULT_TOL_FINISHED_FLAG_FILE.gave_up
     128+N  ended by signal N
 """
 
@@ -40,6 +46,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import dataclasses
 import functools
 import importlib
 import json
@@ -49,6 +56,7 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -63,17 +71,26 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, W
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.distributed.elastic.rendezvous import RendezvousError
 
 import ft_monitor
 from ft_monitor import ConfigError, FaultToleranceConfig
 
 EXIT_FAILED = 1
+EXIT_GAVE_UP = 93
+HEALTH_CHECK_SECONDS = 60.0  # how long a health check of the node may take
+FLAG_VARIABLE = "FAULT_TOL_FINISHED_FLAG_FILE"
 STOP_MARGIN_SECONDS = 20.0  # what a monitor may take after its rank's grace: SIGKILL, reaping, report
 MAX_PLACES = 4  # in a verdict, which must fit a screen
 SHOW_FLAGS = ("--ft-status", "--ft-report")
 # What gloo, NCCL and c10d say when another rank is gone or does not come.
 COMMUNICATION_ERROR = re.compile(
     "connection|peer|timed? ?out|timeout|nccl|gloo|broken pipe|ProcessGroup|TCPStore|DistBackendError", re.IGNORECASE
+)
+
+# What may go away on another node, or by itself: not the code's fault.
+INFRASTRUCTURE_ERROR = re.compile(
+    f"{COMMUNICATION_ERROR.pattern}|CUDA error|CUDNN|ECC|Input/output|Stale file|No space|quota", re.IGNORECASE
 )
 
 log = logging.getLogger("ft_launcher")
@@ -243,7 +260,9 @@ def incident(
         "last_step": max((r["step"] for r in reports if r["step"] is not None), default=None),
         "saved_step": max((r["saved"] for r in reports if r["saved"] is not None), default=None),
         "statuses": {str(r["rank"]): r["status"] for r in reports},
+        "connected": any(r["connected"] for r in reports),
         "suspect": None if suspect is None else suspect["rank"],
+        "error": None if suspect is None else suspect["error"],
         "certain": certain,
         "verdict": stopped if suspect is None else describe_failure(suspect),
         "ranks_at": "" if suspect is None else describe_places(suspect["rank"], places),
@@ -389,6 +408,63 @@ def show(argv: Sequence[str]) -> int:
         return 0
 
 
+# ------------------------------------------------------------------------------------------------ whether to go on
+
+
+class RestartPolicy:
+    """Decides from how the attempts of this launcher ended whether one more makes sense. Pure."""
+
+    def __init__(self, max_no_progress: int) -> None:
+        self.max_no_progress = max_no_progress  # attempts in a row; 0 is no limit
+        self.no_progress = 0  # attempts in a row, so far
+        self.connected = False  # whether a rank ever was
+        self.saved: int | None = None  # step of the newest checkpoint
+        self.step: int | None = None  # the highest that any attempt reached
+        self.error: str | None = None  # what ended the last attempt, and its line
+
+    def why_not(self, entry: Mapping[str, Any], requests: Sequence[Mapping[str, str]]) -> str | None:
+        """Why not to restart after the attempt of this incident; None to restart."""
+        for request in requests:
+            if request["action"] == "ShutdownWorkload":
+                return f"a rank asked for it: {request['reason']}"
+        new_checkpoint = is_newer(entry["saved_step"], self.saved)
+        new_step = is_newer(entry["last_step"], self.step)
+        # Loops that do not report their checkpoints still show that they resumed, by getting further.
+        progress = new_checkpoint or (self.saved is None and self.step is not None and new_step)
+        error = entry["error"] if not INFRASTRUCTURE_ERROR.search(entry["error"] or "") else None
+        same_error = error is not None and error == self.error
+        self.connected |= entry["connected"]
+        self.saved = entry["saved_step"] if new_checkpoint else self.saved
+        self.step = entry["last_step"] if new_step else self.step
+        self.error = error
+        # Of ranks that never connect nothing is known; --max-restarts counts their attempts.
+        self.no_progress = 0 if progress or not self.connected else self.no_progress + 1
+        if same_error and not new_step:
+            return f"a bug in the code, no new step since the last attempt and the same error: {error}"
+        if 0 < self.max_no_progress <= self.no_progress:
+            return f"no progress, {self.no_progress} attempts in a row saved no new checkpoint"
+        return None
+
+
+def is_newer(step: int | None, than: int | None) -> bool:
+    return step is not None and (than is None or step > than)
+
+
+class NodeLeft(Exception):
+    """This node takes no further part; the others may go on without it."""
+
+
+@dataclasses.dataclass
+class Job:
+    """What the launcher tells its agent, and what it learns from it."""
+
+    run_dir: Path
+    policy: RestartPolicy
+    workers_stop_timeout: float  # seconds
+    health_check: str | None = None  # a shell command
+    gave_up: str | None = None  # why, set by the agent
+
+
 # ----------------------------------------------------------------------------------------------------- agent
 
 
@@ -398,9 +474,10 @@ class FaultToleranceAgent(LocalElasticAgent):
     A worker, for torch, is a monitor here: it has the rank's exit code or signal and ends after it.
     """
 
-    def __init__(self, run_dir: Path, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, job: Job, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._run_dir = run_dir
+        self._job = job
+        self._run_dir = job.run_dir
         self._attempt = -1
         self._started = 0.0  # the newest attempt, wall clock
         self._noted = -1  # the newest attempt that is in incidents.jsonl
@@ -408,8 +485,33 @@ class FaultToleranceAgent(LocalElasticAgent):
         command = rank_command(spec.entrypoint, spec.args)
         # -I -S: quick to start, and nothing of the user's is imported instead of a standard module of the same name.
         monitor = ["-I", "-S", ft_monitor.__file__, f"--parent-pid={os.getpid()}"]
+        for number in set(ft_monitor.PASSED_ON_SIGNALS) - signals_to_handle():
+            signal.signal(number, self._pass_on)
         spec.entrypoint = sys.executable
         spec.args = (*monitor, f"--shutdown-timeout={self._shutdown_timeout}", "--", *command)
+
+    def run(self, *args: Any, **kwargs: Any) -> RunResult:
+        result = super().run(*args, **kwargs)
+        if result is None:  # torch's answer to a rendezvous that went on, or was closed, without this node
+            raise NodeLeft("the rendezvous does not need this node")
+        return result
+
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        if self._job.health_check:
+            problem = check_node(self._job.health_check)
+            if problem:
+                self._leave(f"the health check of this node failed: {problem}")
+        super()._rendezvous(worker_group)
+
+    def _leave(self, reason: str) -> None:
+        """Take this node out of the job. torch closes the rendezvous for all nodes when an agent ends: not now."""
+        self._worker_group.spec.rdzv_handler.shutdown = lambda: True  # type: ignore[method-assign]
+        raise NodeLeft(reason)
+
+    def _pass_on(self, number: int, frame: Any) -> None:
+        """SIGUSR1 and SIGUSR2, which schedulers send to every process, end nothing here: the ranks may know them."""
+        for pid in self._pcontext.pids().values() if self._pcontext is not None else []:
+            ft_monitor.signal_process(pid, number)
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         self._attempt += 1
@@ -425,7 +527,7 @@ class FaultToleranceAgent(LocalElasticAgent):
             self._end_workers()
         result = super()._monitor_workers(worker_group)
         if result.state in (WorkerState.FAILED, WorkerState.UNHEALTHY):
-            self._explain()
+            self._decide()
         return result
 
     def _stop_workers(self, worker_group: WorkerGroup, *args: Any, **kwargs: Any) -> None:
@@ -461,7 +563,7 @@ class FaultToleranceAgent(LocalElasticAgent):
     def _end_workers(self) -> None:
         """End all workers at once, and leave nothing of them behind."""
         if self._pcontext is not None:
-            self._pcontext.close(ft_monitor.PEER_FAILED, int(STOP_MARGIN_SECONDS))
+            self._pcontext.close(ft_monitor.PEER_FAILED, int(self._job.workers_stop_timeout + STOP_MARGIN_SECONDS))
             self._sweep()
 
     def _sweep(self) -> None:
@@ -498,21 +600,56 @@ class FaultToleranceAgent(LocalElasticAgent):
             log.warning("cannot write %s: %s", self._run_dir / "incidents.jsonl", error.strerror)
         return entry
 
-    def _explain(self) -> None:
-        """The roll call: who, where, and what happens next."""
+    def _decide(self) -> None:
+        """After a failure: the roll call, and whether to restart."""
         entry = self._note_incident()
         if entry is None:
             return
+        requests = [report["request"] for report in read_reports(self._attempt_dir) if report["request"]]
+        leave = next((request for request in requests if request["action"] == "ExcludeThisNode"), None)
+        # Progress is known where global rank 0 is; when that node gives up, it closes the rendezvous for all.
+        reason = self._job.policy.why_not(entry, requests) if self._worker_group.group_rank == 0 or requests else None
+        left, most = self._remaining_restarts, self._worker_group.spec.max_restarts
+        what_next = f"restarting, {left} of {most} left" if left else "no restarts left"
+        if leave:
+            what_next = "this node leaves the job"
+        if reason:
+            self._job.gave_up, self._remaining_restarts = reason, 0
+            what_next = f"not restarting: {reason}"
+        self._explain(entry, what_next)
+        if leave and not reason:
+            self._leave(f"a rank asked for it: {leave['reason']}")
+
+    def _explain(self, entry: Mapping[str, Any], what_next: str) -> None:
+        """Who, where, and what happens next."""
         step = "" if entry["last_step"] is None else f" at step {entry['last_step']}"
         verdict = entry["verdict"] or "its workers failed"
         guess = "" if entry["certain"] else "suspect: "
-        left, most = self._remaining_restarts, self._worker_group.spec.max_restarts
         lines = [
             f"attempt {self._attempt} ended after {duration(entry['end'] - entry['start'])}{step}: {guess}{verdict}",
             entry["ranks_at"] and f"  {entry['ranks_at']}",
-            f"  evidence: {self._attempt_dir}; {f'restarting, {left} of {most} left' if left else 'no restarts left'}",
+            f"  evidence: {self._attempt_dir}; {what_next}",
         ]
         log.error("%s", "\n".join(filter(None, lines)))
+
+
+def signals_to_handle() -> set[int]:
+    """The signals that torch's agent takes as a reason to end."""
+    names = os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", "").split(",")
+    return {getattr(signal, name.strip()) for name in names if hasattr(signal, name.strip())}
+
+
+def check_node(command: str) -> str | None:
+    """Run a health check of this node; return what is wrong, in one line, or None."""
+    try:
+        done = subprocess.run(
+            command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            timeout=HEALTH_CHECK_SECONDS, start_new_session=True,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return f"{command!r} did not end within {HEALTH_CHECK_SECONDS:g} s"
+    output = " ".join(done.stdout.decode(errors="replace").split())[:300]
+    return f"{command!r} ended with {done.returncode}: {output or 'no output'}" if done.returncode else None
 
 
 def point_link(link: Path, target: str) -> None:
@@ -543,6 +680,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.allow_abbrev = False  # an option of the script may be the beginning of one of ours
     FaultToleranceConfig.add_arguments(parser, action=env)
     parser.add_argument(
+        "--ft-max-no-progress-cycles", "--ft_max_no_progress_cycles", action=env, type=int, metavar="N", default=3,
+        help="do not restart after N attempts in a row that saved no new checkpoint; 0: no limit (default: 3)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--ft-node-health-check", "--ft_node_health_check", action=env, metavar="COMMAND", default=None,
+        help="run before each start of workers; unless it ends with 0 within 60 s, this node stays out",
+    )  # fmt: skip
+    parser.add_argument(
         "--ft-run-dir", "--ft_run_dir", action=env, metavar="DIR", default=default_run_dir(),
         help="directory below which each launcher keeps its evidence (default: %(default)s)",
     )  # fmt: skip
@@ -560,6 +705,8 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, FaultToler
     try:
         config = FaultToleranceConfig.from_args(args)
         check_script(args)
+        if args.ft_max_no_progress_cycles < 0:
+            raise ConfigError(f"--ft-max-no-progress-cycles: got {args.ft_max_no_progress_cycles}, expected 0 or more")
         args.ft_run_dir = make_run_dir(Path(args.ft_run_dir))
         if args.log_dir is None:
             args.log_dir = str(args.ft_run_dir / "logs")  # torchrun would leave a temporary directory behind
@@ -604,14 +751,50 @@ def prepare_environment(config: FaultToleranceConfig, run_dir: Path) -> None:
 
 
 @record
-def launch(args: argparse.Namespace) -> None:
+def launch(args: argparse.Namespace, job: Job) -> None:
     """Run the workers to their end, as torchrun does, but with our agent.
 
     torch.distributed.run offers no way to name an agent: its class is looked up by this one name.
     """
-    agent = functools.partial(FaultToleranceAgent, args.ft_run_dir)
+    agent = functools.partial(FaultToleranceAgent, job)
     importlib.import_module("torch.distributed.launcher.api").LocalElasticAgent = agent  # type: ignore[attr-defined]
     torch.distributed.run.run(args)
+
+
+def give_up(reason: str) -> int:
+    """Exit code 93, and the reason in a file: srun and schedulers lose exit codes."""
+    log.error("gave up: %s", reason)
+    flag = os.environ.get(FLAG_VARIABLE)
+    if flag:
+        values = {"reason": reason, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "host": socket.gethostname()}
+        try:
+            ft_monitor.write_json(Path(f"{flag}.gave_up"), values, durable=True)
+        except OSError as error:
+            log.error("cannot write %s.gave_up: %s", flag, error.strerror)
+    return EXIT_GAVE_UP
+
+
+def run(args: argparse.Namespace, job: Job) -> int:
+    """Launch, and turn what comes of it into an exit code."""
+    try:
+        launch(args, job)
+    except ChildFailedError as error:
+        log.debug("%s", error)  # the agent has explained it
+        return give_up(job.gave_up) if job.gave_up else EXIT_FAILED
+    except SignalException as error:
+        log.warning("ended by %s", error.sigval.name)
+        return 128 + error.sigval
+    except NodeLeft as error:
+        alone = torch.distributed.run.parse_min_max_nnodes(args.nnodes)[1] == 1
+        log.error("this node leaves the job: %s", error)
+        return EXIT_FAILED if alone else 0
+    except (RendezvousError, torch.distributed.DistError) as error:
+        log.error("the nodes of this job lost each other, or another one gave up: %s: %s", type(error).__name__, error)
+        return EXIT_FAILED
+    flag = os.environ.get(FLAG_VARIABLE)
+    if flag and not os.path.exists(flag):
+        log.warning("the workers ended well, but training is not complete: there is no %s", flag)
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -624,15 +807,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     off = "; hang detection is off: set --ft-rank-heartbeat-timeout, or calculate_timeouts in the callback"
     off = "" if config.watches_steps else off
     log.info("settings: %s; evidence: %s%s", config.describe(), args.ft_run_dir, off)
-    try:
-        launch(args)
-    except ChildFailedError as error:
-        log.debug("%s", error)  # the agent has explained it
-        return EXIT_FAILED
-    except SignalException as error:
-        log.warning("ended by %s", error.sigval.name)
-        return 128 + error.sigval
-    return 0
+    policy = RestartPolicy(args.ft_max_no_progress_cycles)
+    return run(args, Job(args.ft_run_dir, policy, config.workers_stop_timeout, args.ft_node_health_check))
 
 
 if __name__ == "__main__":

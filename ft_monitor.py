@@ -22,6 +22,7 @@ Messages, one JSON object a line, at most 4,096 bytes, from the rank to the moni
     timeouts   calculated, note  these calculated timeouts replace the configured ones, until the next such message;
                                  when one of them ends the rank, the monitor writes its verdict to the file `note`
     saved      step              a checkpoint is safely on disk
+    request    action, reason    workload control, when this attempt ends: ShutdownWorkload or ExcludeThisNode
     bye        error             monitoring ends: training is over (null), or failed with this error
 
 Clocks, in seconds; "none" is never. The first that runs out decides.
@@ -40,7 +41,9 @@ How a rank is ended
     half of a clock passed               a warning and its stacks; nothing is ended
     a clock ran out                      verdict, stacks, termination signal to its session, after 5 s SIGKILL
     SIGTERM, SIGINT, SIGHUP or SIGQUIT   passed on to the rank, after the grace SIGKILL to its session
-    SIGABRT (a peer of the rank failed)  stacks, SIGKILL to its session
+    SIGABRT (a peer of the rank failed)  stacks, SIGKILL to its session, but a checkpoint that is being saved (section
+                                         "checkpointing") may be finished, for workers_stop_timeout at most
+    SIGUSR1, SIGUSR2                     passed on to the rank; nothing is ended
     the monitor's parent died            SIGKILL to its session
     the rank ended by itself             SIGKILL to what is left of its session
 
@@ -57,6 +60,7 @@ import ctypes
 import dataclasses
 import datetime
 import difflib
+import enum
 import faulthandler
 import json
 import logging
@@ -92,6 +96,7 @@ STACKS_SIGNAL = getattr(signal, "SIGRTMIN", 34) + 5  # used by nobody; only sent
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 PASSED_ON_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
 PEER_FAILED = signal.SIGABRT
+CHECKPOINTING = "checkpointing"  # the section in which a checkpoint is saved
 STACKS_HEADER = "==="  # begins the line before each dump of stacks
 
 log = logging.getLogger("ft_monitor")
@@ -191,6 +196,9 @@ class FaultToleranceConfig:
     min_timeout: float = setting(
         parse_positive, 10.0, "no calculated timeout is shorter than these seconds, for hosts that stall"
     )
+    workers_stop_timeout: float = setting(
+        parse_positive, 30.0, "seconds that survivors of a failed rank have to finish saving a checkpoint"
+    )
     rank_termination_signal: str = setting(
         parse_signal, "SIGKILL", "what a hung rank is sent; SIGKILL follows after 5 s"
     )
@@ -276,15 +284,13 @@ class FaultToleranceConfig:
         """The timeouts that are set, in seconds, by setting as in `Clock.setting`."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         sections = values.pop("rank_section_timeouts").items()
-        timeouts = {
-            name: value for name, value in values.items() if name.endswith("_timeout") and name != "min_timeout"
-        }
+        timeouts = {name: values[name] for name in ("startup_timeout", *CALCULATED_SETTINGS, "exit_timeout")}
         timeouts.update({section_setting(name): seconds for name, seconds in sections})
         return {name: seconds for name, seconds in timeouts.items() if seconds is not None}
 
     def describe(self) -> str:
         """The settings that are in force, in one line."""
-        others = ("safety_factor", "min_timeout", "rank_termination_signal", "log_level")
+        others = ("safety_factor", "min_timeout", "workers_stop_timeout", "rank_termination_signal", "log_level")
         values = {**self.timeouts(), **{name: getattr(self, name) for name in others}}
         return ", ".join(
             f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in values.items()
@@ -306,12 +312,30 @@ def section_of(setting: str) -> str | None:
 
 # --------------------------------------------------------------------------------------------------- messages
 
+
+class WorkloadAction(enum.Enum):
+    """What a rank can ask the launcher for when the attempt ends. Names as NVIDIA's."""
+
+    Continue = 0  # restart as usual
+    ExcludeThisNode = 1  # go on without this node
+    ShutdownWorkload = 2  # do not restart anywhere
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkloadControlRequest:
+    """A request of a rank to the launcher, and why."""
+
+    action: WorkloadAction
+    description: str = "no reason given"
+
+
 MESSAGE_FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
     "init": {"rank": (int,), "stacks": (bool,)},
     "heartbeat": {"step": (int, type(None))},
     "section": {"name": (str,), "open": (bool,)},
     "timeouts": {"calculated": (dict,), "note": (str, type(None))},
     "saved": {"step": (int,)},
+    "request": {"action": (str,), "reason": (str,)},
     "bye": {"error": (str, type(None))},
 }
 
@@ -333,6 +357,8 @@ def decode_message(line: bytes) -> dict[str, Any] | None:
         message = json.loads(line)
         fields = MESSAGE_FIELDS[message["type"]]
         understood = all(isinstance(message[name], types) for name, types in fields.items())
+        if message["type"] == "request":
+            WorkloadAction[message["action"]]
         if message["type"] == "timeouts":
             FaultToleranceConfig().with_calculated(message["calculated"])
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -407,6 +433,7 @@ class Clocks:
         self.error: str | None = None  # what bye said
         self.has_stacks = False  # whether the rank writes its stacks when asked
         self.saved: int | None = None  # step of the newest checkpoint that is on disk
+        self.request: dict[str, str] | None = None  # the last workload control request: {action, reason}
 
     def hear(self, message: Mapping[str, Any], now: float) -> list[Lap]:
         """Take in a message; return the clocks that it stopped or started anew."""
@@ -486,6 +513,8 @@ class Clocks:
             self.config = self.configured.with_calculated(self.calculated)
         elif kind == "saved":
             self.saved = message["step"]
+        elif kind == "request":
+            self.request = {"action": message["action"], "reason": message["reason"]}
         elif kind == "bye":
             self.over, self.error = now, message["error"]
 
@@ -568,6 +597,7 @@ class RankMonitorClient:
         self._clocks = Clocks(self.config, time.monotonic(), frozenset([*self.config.rank_section_timeouts, *measure]))
         self._longest = {}
         self.is_initialized = True
+        self._report_uncaught_errors()
         self._send("init", rank=rank_number(), stacks=arm_stacks())
         if self.calculated:
             self._send_timeouts()
@@ -597,6 +627,10 @@ class RankMonitorClient:
         """Say that the checkpoint of `step` is safely on disk. Without a connection, do nothing."""
         if self.is_initialized:
             self._send("saved", step=step)
+
+    def send_workload_control_request(self, req: WorkloadControlRequest) -> None:
+        """Ask the launcher for something that it does when this attempt ends, which it does when a rank fails."""
+        self._send("request", action=req.action.name, reason=req.description)
 
     def shutdown_workload_monitoring(self, error: str | None = None) -> None:
         """End monitoring: training is over, or failed with `error`. Without a connection, do nothing."""
@@ -681,6 +715,16 @@ class RankMonitorClient:
         self._earlier = dict(self.calculated)
         if self.is_initialized:
             self._send_timeouts()
+
+    def _report_uncaught_errors(self) -> None:
+        """Let the monitor know of the exception that ends the process, unless monitoring is over by then."""
+        previous = sys.excepthook
+
+        def report(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+            self.shutdown_workload_monitoring(describe_error(error))
+            previous(kind, error, trace)
+
+        sys.excepthook = report
 
     def _calculate(self, settings: Sequence[str], skip_if_not_ready: bool) -> bool:
         if self._pipe is None:
@@ -952,6 +996,7 @@ class RankMonitor:
         self.rank: subprocess.Popen[bytes]  # from _start() on
         self.pipe: Connection | None = None  # read end; None again when no process holds the write end
         self.signals, self._signals_in = os.pipe()  # numbers of the signals that arrived
+        self.is_survivor = False  # of a failed peer, and may only finish saving a checkpoint
         self.kill_at: float | None = None  # set when the rank is being stopped: SIGKILL follows then
         self.abandon_at: float | None = None  # set with SIGKILL: the rank is given up then
         self.report: dict[str, Any] = {
@@ -968,6 +1013,7 @@ class RankMonitor:
             "ended": None,
             "first_step": None,  # of the first heartbeat
             "step": None,  # of the last heartbeat
+            "request": None,  # workload control: {action, reason}
             "saved": None,  # step of the newest checkpoint that this rank has reported
             "sections": [],  # that are open
             "timeouts": {},  # in force, by setting, in seconds
@@ -1118,8 +1164,7 @@ class RankMonitor:
             elif number in PASSED_ON_SIGNALS:
                 signal_process(self.rank.pid, number)
             elif number == PEER_FAILED:
-                self._take_stacks("its peer failed")
-                self._kill("its peer failed", now)
+                self._stop_survivor(now)
             # A launcher that starts its ranks from a thread sends this when the thread ends.
             elif number == PARENT_DIED and os.getppid() != self.parent_pid:
                 self._kill(f"the launcher (pid {self.parent_pid}) is gone", now)
@@ -1129,7 +1174,8 @@ class RankMonitor:
         if self.abandon_at is not None:
             return
         if self.kill_at is not None:
-            if now >= self.kill_at:
+            saved = self.is_survivor and CHECKPOINTING not in self.clocks.sections
+            if saved or now >= self.kill_at:
                 self._kill(None, now)
             return
         clock = self.clocks.first()
@@ -1175,6 +1221,17 @@ class RankMonitor:
         self._stopping(f"stopped by {signal.Signals(number).name}", now + self.grace)
         signal_process(self.rank.pid, number)
         signal_session(self.rank.pid, signal.SIGCONT)
+
+    def _stop_survivor(self, now: float) -> None:
+        """A peer failed: this rank can only wait for it, unless it is saving a checkpoint."""
+        if self.abandon_at is not None:
+            return
+        self.is_survivor = True
+        clocks = {clock.setting: clock for clock in self.clocks.running()}
+        saving = clocks.get(section_setting(CHECKPOINTING))
+        bound = now + self.config.workers_stop_timeout
+        self._take_stacks("its peer failed")
+        self._stopping("its peer failed", now if saving is None else min(bound, saving.deadline))
 
     def _kill(self, reason: str | None, now: float) -> None:
         self._stopping(reason, now)
@@ -1245,7 +1302,7 @@ class RankMonitor:
     def _write_report(self) -> None:
         clocks = self.clocks
         self.report_written = time.monotonic()
-        self.report.update(step=clocks.step, saved=clocks.saved, sections=list(clocks.sections))
+        self.report.update(step=clocks.step, saved=clocks.saved, request=clocks.request, sections=list(clocks.sections))
         self.report.update(error=clocks.error, timeouts=clocks.config.timeouts())
         if self.report_path is not None and not self._write(self.report_path, self.report):
             self.report_path = None
