@@ -6,13 +6,14 @@
 Works with `lightning` and with `pytorch_lightning`, on any device, with one rank or many. Active in `fit` alone.
 
 Hook                                     what it does
-    setup                                connects to this rank's monitor (ft_monitor.py), loads timeouts
-    on_train_start, on_train_batch_end,  heartbeat with the global step
-    on_train_end, on_validation_start,
+    setup                                sets broken checkpoints aside, loads timeouts, connects to the rank's monitor
+    on_train_start, on_train_batch_end,  heartbeat with the global step; at train start, a warning if it starts at
+    on_train_end, on_validation_start,   step 0 although a checkpoint had been saved
     on_validation_batch_end,
     on_validation_end
     on_load_checkpoint                   from now on the first heartbeat's time is that of a run that resumes
-    Trainer.save_checkpoint (wrapped)    section "checkpointing"; calculates timeouts; writes FLAG.progress
+    Trainer.save_checkpoint (wrapped)    section "checkpointing"; calculates timeouts; notes progress
+    TorchCheckpointIO (wrapped)          writes checkpoints beside the target, and renames (AtomicCheckpointIO)
     on_fit_end                           training ended, and not by an exception
     teardown                             creates the finished flag, disconnects
     on_exception                         disconnects, with the exception and the line it came from
@@ -25,6 +26,7 @@ Sections, which have timeouts of their own, so that those of heartbeats can be s
 Files (FLAG is the value of FAULT_TOL_FINISHED_FLAG_FILE; written by global rank 0, beside and renamed)
     FLAG                           training is complete: {"reason", "step", "epoch", "time"}
     FLAG.progress                  the newest checkpoint: {"step", "epoch", "checkpoint", "time"}
+    FT_RUN_DIR/progress.json       the same
     EXP_DIR/ft_state.json          calculated timeouts: {"version", "client", "validated", "killed", "time"}
     EXP_DIR/killed_rank<N>.json    written by a monitor whose rank ran out of a calculated timeout
 """
@@ -41,13 +43,18 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
+import socket
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from ft_monitor import (
     CHECKPOINTING,
@@ -78,8 +85,112 @@ else:
 FAULT_SIGNALS = {"rank_killed": signal.SIGKILL, "rank_hung": signal.SIGSTOP}
 FLAG_VARIABLE = "FAULT_TOL_FINISHED_FLAG_FILE"
 FIRST_BATCH, FINISHING = "first_batch", "finishing"
+UNFINISHED = ".ft_unfinished"  # ends the name of a checkpoint that is being written
+LAST_PATTERN = "last*.ckpt"  # where ckpt_path="last" looks
 MIN_BATCHES = 16  # training batches before heartbeat timeouts are calculated
 HEARTBEAT = "rank_heartbeat_timeout"
+
+
+# ------------------------------------------------------------------------------------------------- checkpoints
+
+
+class AtomicCheckpointIO(pl.plugins.io.TorchCheckpointIO):  # type: ignore[name-defined]
+    """Writes a checkpoint so that a crash, a kill or a full disk at any moment leaves the old one intact.
+
+    The file is written beside its target, brought to the disk, and renamed. `FaultToleranceCallback` lets checkpoints
+    be written like this unless the Trainer has a CheckpointIO of its own; without the callback, give it to the
+    Trainer: `Trainer(plugins=[AtomicCheckpointIO()])`. Remote paths are left to Lightning.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        if storage_options is not None or "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # In the target's directory: a rename from another file system is a copy, and a kill leaves half of it.
+        beside = target.with_name(f".{target.name}.{socket.gethostname()}.{os.getpid()}{UNFINISHED}")
+        try:
+            with open(beside, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, target)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+        directory = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)  # the rename itself
+        finally:
+            os.close(directory)
+
+
+def is_complete(path: Path) -> bool:
+    """Whether a checkpoint file has its end, as far as that shows without reading it all."""
+    with open(path, "rb") as file:
+        head = file.read(4)
+    if head[:2] == b"PK":  # torch.save writes a zip file, whose directory is its end
+        try:
+            with zipfile.ZipFile(path) as archive:
+                return bool(archive.infolist())
+        except (zipfile.BadZipFile, OSError):
+            return False
+    return head.strip(b"\0") != b""  # another format; a crash leaves empty files, and such with only zeros
+
+
+def set_broken_checkpoints_aside(directory: Path, pattern: str) -> list[str]:
+    """Put the newest complete checkpoint in the place of each that matches and is not; return a line for each."""
+    lines = []
+    for broken in sorted(directory.glob(pattern)):
+        if not broken.is_file() or is_complete(broken):
+            continue
+        aside = broken.with_name(f"{broken.name}.corrupt")
+        os.replace(broken, aside)
+        good = [path for path in directory.glob("*.ckpt") if path.is_file() and is_complete(path)]
+        newest = max(good, key=lambda path: path.stat().st_mtime, default=None)
+        if newest is None:
+            lines.append(f"{broken} is not complete, now {aside.name}; {directory} has no complete checkpoint")
+            continue
+        beside = broken.with_name(f".{broken.name}.{socket.gethostname()}.{os.getpid()}{UNFINISHED}")
+        shutil.copyfile(newest, beside)
+        os.replace(beside, broken)
+        lines.append(f"{broken} is not complete, now {aside.name}; going on from a copy of {newest.name}")
+    return lines
+
+
+def remove_unfinished(directory: Path) -> None:
+    """Remove what writers that were killed have left: their process is gone, or nothing was written for an hour."""
+    for path in directory.glob(f".*{UNFINISHED}"):
+        host, _, pid = path.name.removesuffix(UNFINISHED).rpartition(".")
+        is_dead = host.endswith(f".{socket.gethostname()}") and not os.path.exists(f"/proc/{pid}")
+        try:
+            if is_dead or path.stat().st_mtime < time.time() - 3600:
+                path.unlink()
+        except FileNotFoundError:
+            continue
+
+
+def checkpoint_directories(trainer: pl.Trainer) -> list[Path]:
+    """Where ModelCheckpoints of this training write, as far as that is fixed, and local."""
+    directories = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
+    return [Path(directory) for directory in directories if directory and "://" not in str(directory)]
+
+
+def why_not_resumed(trainer: pl.Trainer, checkpoint: Path) -> str:
+    """Why a training starts at step 0 although `checkpoint` was saved, and the line to change."""
+    directories = [directory.absolute() for directory in checkpoint_directories(trainer)]
+    if not checkpoint.exists():
+        return f"the file is not there any more: {checkpoint}"
+    if checkpoint.absolute().parent not in directories:
+        now = ", ".join(map(str, directories)) or "nowhere"
+        return f"this run looks in {now}: give ModelCheckpoint(dirpath=...) a directory that is the same in every run"
+    if not list(checkpoint.parent.glob(LAST_PATTERN)):
+        return "no last checkpoint is kept: give ModelCheckpoint(save_last=True)"
+    return 'the script does not ask for it: trainer.fit(..., ckpt_path="last")'
+
+
+# -------------------------------------------------------------------------------------------- simulated faults
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,6 +341,8 @@ class FaultToleranceCallback(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._first_epoch = trainer.current_epoch
         self._heartbeat(trainer)
+        if trainer.global_step == 0 and trainer.is_global_zero and self._client.is_initialized:
+            self._check_resume(trainer)
         self._enter(FIRST_BATCH)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
@@ -321,9 +434,8 @@ class FaultToleranceCallback(pl.Callback):
         """Lightning has no hook for a checkpoint that is on disk: stand in the place of what writes it."""
         self._unwatch_saves(trainer)
         trainer.save_checkpoint = functools.partial(self._save_checkpoint, trainer)  # type: ignore[method-assign]
-        if is_asynchronous(trainer):
-            writer = file_writer(trainer)
-            writer.save_checkpoint = functools.partial(self._write_checkpoint, trainer, writer)
+        writer = file_writer(trainer)
+        writer.save_checkpoint = functools.partial(self._write_checkpoint, trainer, writer)
 
     def _unwatch_saves(self, trainer: pl.Trainer) -> None:
         for watched in (trainer, file_writer(trainer)):
@@ -347,20 +459,53 @@ class FaultToleranceCallback(pl.Callback):
     def _write_checkpoint(
         self, trainer: pl.Trainer, writer: Any, checkpoint: dict[str, Any], path: Any, *args: Any, **kwargs: Any
     ) -> None:
-        """In the place of the method by which a thread writes a checkpoint, on global rank 0 alone."""
+        """In the place of CheckpointIO.save_checkpoint, on global rank 0 alone, and in a thread if asynchronous."""
+        # Lightning's own IO is made safe; whoever has chosen another keeps it.
         start = time.monotonic()
-        type(writer).save_checkpoint(writer, checkpoint, path, *args, **kwargs)
-        # The end of training may have to wait for as long as this took, whether or not it does today.
-        self._client.observe(section_setting(FINISHING), time.monotonic() - start)
-        self._note_progress(trainer, checkpoint.get("global_step", 0), checkpoint.get("epoch", 0), path)
+        if type(writer) is pl.plugins.io.TorchCheckpointIO:  # type: ignore[attr-defined]
+            AtomicCheckpointIO().save_checkpoint(checkpoint, path, *args, **kwargs)
+        else:
+            type(writer).save_checkpoint(writer, checkpoint, path, *args, **kwargs)
+        if is_asynchronous(trainer):
+            # The end of training may have to wait for as long as this took, whether or not it does today.
+            self._client.observe(section_setting(FINISHING), time.monotonic() - start)
+            self._note_progress(trainer, checkpoint.get("global_step", 0), checkpoint.get("epoch", 0), path)
 
     def _note_progress(self, trainer: pl.Trainer, step: int, epoch: int, path: Any) -> None:
-        if trainer.is_global_zero:
-            self._client.report_saved(step)
-        flag = os.environ.get(FLAG_VARIABLE)
-        if self.autoresume and flag and trainer.is_global_zero:
-            values = {"step": step, "epoch": epoch, "checkpoint": str(path), "time": timestamp()}
-            write_json(Path(f"{flag}.progress"), values)
+        if not trainer.is_global_zero:
+            return
+        self._client.report_saved(step)
+        values = {"step": step, "epoch": epoch, "checkpoint": absolute(path), "time": timestamp()}
+        for progress in self._progress_files():
+            write_json(progress, values)
+
+    def _progress_files(self) -> list[Path]:
+        """Where the newest checkpoint is noted: for later runs, and for later attempts of this launcher."""
+        flag, run_dir = os.environ.get(FLAG_VARIABLE), os.environ.get("FT_RUN_DIR")
+        files = [Path(f"{flag}.progress")] if self.autoresume and flag else []
+        return files + ([Path(run_dir) / "progress.json"] if run_dir else [])
+
+    def _check_resume(self, trainer: pl.Trainer) -> None:
+        """A training that is restarted from nothing costs more than any fault: it must not go unnoticed."""
+        for progress in self._progress_files():
+            try:
+                values = json.loads(progress.read_text(encoding="utf-8"))
+                step, checkpoint = int(values["step"]), Path(values["checkpoint"])
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+            if step > 0:
+                self.logger.warning(
+                    "*** TRAINING STARTS AT STEP 0 ALTHOUGH STEP %d WAS SAVED ***\n*** in %s\n*** %s",
+                    step, checkpoint, why_not_resumed(trainer, checkpoint),
+                )  # fmt: skip
+                return
+
+    def _prepare_checkpoints(self, trainer: pl.Trainer) -> None:
+        """Before Lightning reads the checkpoint that it resumes from."""
+        for directory in checkpoint_directories(trainer):
+            remove_unfinished(directory)
+            for line in set_broken_checkpoints_aside(directory, LAST_PATTERN):
+                self.logger.warning("%s", line)
 
     # -- timeouts
 
@@ -373,9 +518,10 @@ class FaultToleranceCallback(pl.Callback):
         state: TimeoutState | Exception = TimeoutState()
         if trainer.is_global_zero:
             try:
+                self._prepare_checkpoints(trainer)
                 state = self._read_state()
             except OSError as error:
-                state = RuntimeError(f"cannot write to the directory of ft_state.json: {error}; set exp_dir")
+                state = RuntimeError(f"cannot prepare the directories of this training: {error}; see exp_dir, dirpath")
         state = trainer.strategy.broadcast(state)
         if isinstance(state, Exception):  # on all ranks, lest the others wait for this one
             raise state
@@ -482,6 +628,10 @@ class FaultToleranceCallback(pl.Callback):
         place = {"step": trainer.global_step, "epoch": trainer.current_epoch, "time": timestamp()}
         write_json(flag, {"reason": reason, **place}, durable=True)
         self.logger.info("training is complete: %s; created %s", reason, flag)
+
+
+def absolute(path: Any) -> str:
+    return str(path) if "://" in str(path) else os.path.abspath(path)
 
 
 def timestamp() -> str:

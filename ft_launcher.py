@@ -288,9 +288,9 @@ class TimeSpent(NamedTuple):
     total: float
     counted: float  # steps whose results are part of the training
     lost: float  # steps that were done again
-    detection: float  # from the last heartbeat to the end of the attempt
+    detection: float  # from the last heartbeat of an attempt that failed to its end
     restart: float  # from the end of an attempt to the start of the next
-    setup: float  # from a start to its first heartbeat
+    setup: float  # from a start to its first heartbeat, and from the last heartbeat of one that ended well to its end
     repeated: int
 
 
@@ -314,7 +314,10 @@ def time_spent(incidents: Sequence[Mapping[str, Any]]) -> TimeSpent:
         share = kept / steps if steps else float(this["suspect"] is None)
         counted += (last - first) * share
         lost += (last - first) * (1 - share)
-        detection += this["end"] - last
+        if this["verdict"] is None:
+            setup += this["end"] - last
+        else:
+            detection += this["end"] - last
         repeated += steps - kept
     total = incidents[-1]["end"] - incidents[0]["start"] if incidents else 0.0
     return TimeSpent(total, counted, lost, detection, restart, setup, repeated)

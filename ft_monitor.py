@@ -92,7 +92,7 @@ SYNC_SECONDS = 60.0  # how long the ranks wait for each other when they calculat
 DEFAULT_GRACE_SECONDS = 30.0  # as torchrun's --shutdown-timeout
 PARENT_DIED = signal.SIGURG  # sent by the kernel; by default a process ignores it, so a stray one is harmless
 
-STACKS_SIGNAL = getattr(signal, "SIGRTMIN", 34) + 5  # used by nobody; only sent to a rank that has armed it
+STACKS_SIGNAL = signal.SIGURG  # also ignored by default: before a rank has armed it, and while it is finalized
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 PASSED_ON_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
 PEER_FAILED = signal.SIGABRT
