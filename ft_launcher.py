@@ -60,7 +60,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,7 +71,7 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, W
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
-from torch.distributed.elastic.rendezvous import RendezvousError
+from torch.distributed.elastic.rendezvous import RendezvousError, rendezvous_handler_registry
 
 import ft_monitor
 from ft_monitor import ConfigError, FaultToleranceConfig
@@ -522,12 +522,22 @@ class FaultToleranceAgent(LocalElasticAgent):
         self._attempt_dir.mkdir(parents=True, exist_ok=True)
         point_link(self._run_dir / "latest", self._attempt_dir.name)
         os.environ["FT_ATTEMPT"] = str(self._attempt)
-        return super()._start_workers(worker_group)
+        ids = super()._start_workers(worker_group)
+        assert self._pcontext is not None
+        # torch calls close() without a signal when a worker has failed: it would ask the survivors to end and wait
+        # 30 s for them, but they can only wait for a rank that is gone.
+        self._pcontext.close = functools.partial(self._close, self._pcontext.close)  # type: ignore[method-assign]
+        return ids
+
+    def _close(
+        self, close: Callable[[signal.Signals, int], None], death_sig: signal.Signals | None = None, timeout: int = 30
+    ) -> None:
+        if death_sig is None:
+            death_sig, timeout = ft_monitor.PEER_FAILED, int(self._job.workers_stop_timeout + STOP_MARGIN_SECONDS)
+        close(death_sig, timeout)
+        self._sweep()
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        if self._a_worker_failed():
-            # torch would ask the survivors to end and wait 30 s for them; they can only wait for a rank that is gone.
-            self._end_workers()
         result = super()._monitor_workers(worker_group)
         if result.state in (WorkerState.FAILED, WorkerState.UNHEALTHY):
             self._decide()
@@ -535,7 +545,8 @@ class FaultToleranceAgent(LocalElasticAgent):
 
     def _stop_workers(self, worker_group: WorkerGroup, *args: Any, **kwargs: Any) -> None:
         """Called before every restart, also when this node's workers are well and another node's failed."""
-        self._end_workers()
+        if self._pcontext is not None:
+            self._pcontext.close()
         if self._note_incident("another node's workers failed, or nodes joined"):
             log.warning("attempt %d: another node's workers failed, or nodes joined; restarting", self._attempt)
         super()._shutdown()
@@ -550,7 +561,6 @@ class FaultToleranceAgent(LocalElasticAgent):
             stopped = f"stopped by {death_sig.name}"
             log.warning("passing %s on to the ranks; they have %s s to end", death_sig.name, timeout)
         super()._shutdown(death_sig, timeout + int(STOP_MARGIN_SECONDS), **kwargs)
-        self._sweep()
         self._note_incident(stopped)
         if self._attempt > 0:
             log.info("%s", render_report(read_incidents(self._run_dir)))
@@ -558,16 +568,6 @@ class FaultToleranceAgent(LocalElasticAgent):
     @property
     def _attempt_dir(self) -> Path:
         return self._run_dir / f"attempt_{self._attempt}"
-
-    def _a_worker_failed(self) -> bool:
-        workers = getattr(self._pcontext, "subprocess_handlers", {}).values()
-        return any(worker.proc.poll() not in (None, 0) for worker in workers)
-
-    def _end_workers(self) -> None:
-        """End all workers at once, and leave nothing of them behind."""
-        if self._pcontext is not None:
-            self._pcontext.close(ft_monitor.PEER_FAILED, int(self._job.workers_stop_timeout + STOP_MARGIN_SECONDS))
-            self._sweep()
 
     def _sweep(self) -> None:
         """End what ranks have left behind whose monitor was killed before it could do so."""
@@ -708,12 +708,12 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, FaultToler
     try:
         config = FaultToleranceConfig.from_args(args)
         check_script(args)
+        check_torchrun_options(args)
         if args.ft_max_no_progress_cycles < 0:
             raise ConfigError(f"--ft-max-no-progress-cycles: got {args.ft_max_no_progress_cycles}, expected 0 or more")
         args.ft_run_dir = make_run_dir(Path(args.ft_run_dir))
         if args.log_dir is None:
             args.log_dir = str(args.ft_run_dir / "logs")  # torchrun would leave a temporary directory behind
-        torch.distributed.run.config_from_args(args)
     except (ConfigError, ValueError, AssertionError, RuntimeError, OSError) as error:
         parser.error(str(error))
     return args, config
@@ -727,6 +727,19 @@ def check_script(args: argparse.Namespace) -> None:
             raise ConfigError(f"command {script!r} not found or not executable: give its path")
     elif not args.module and not os.path.isfile(script):
         raise ConfigError(f"script {script!r} not found in {os.getcwd()}: give its path, or -m for a module")
+
+
+def check_torchrun_options(args: argparse.Namespace) -> None:
+    """Let torch look at its options, and look at those that it does not."""
+    without_logs = argparse.Namespace(**{**vars(args), "log_dir": os.devnull})  # would be created
+    config, _, _ = torch.distributed.run.config_from_args(without_logs)
+    if config.nproc_per_node < 1:
+        raise ConfigError(f"--nproc-per-node: got {args.nproc_per_node!r}, expected at least 1")
+    if config.monitor_interval < 0:
+        raise ConfigError(f"--monitor-interval: got {args.monitor_interval!r}, expected seconds of at least 0")
+    backends = getattr(rendezvous_handler_registry, "_registry", {config.rdzv_backend: None})
+    if config.rdzv_backend not in backends:
+        raise ConfigError(f"--rdzv-backend: got {config.rdzv_backend!r}, expected one of {', '.join(backends)}")
 
 
 def make_run_dir(base: Path) -> Path:

@@ -260,7 +260,7 @@ class FaultToleranceConfig:
         )
         for field in dataclasses.fields(FaultToleranceConfig):
             flag = f"--ft-{field.name.replace('_', '-')}"
-            group.add_argument(flag, flag[:5] + field.name, metavar="VALUE", help=field.metadata["meaning"], **options)
+            group.add_argument(flag, f"--ft_{field.name}", metavar="VALUE", help=field.metadata["meaning"], **options)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
