@@ -315,7 +315,8 @@ class FaultToleranceCallback(pl.Callback):
     def _start_over(self) -> None:
         """What is known of a fit that begins."""
         self._batches = 0  # training batches
-        self._first_epoch = 0  # at which training started
+        self._in_training = False
+        self._early_stops: list[tuple[int, str | None]] = []  # that are part of the checkpoint
         self._loaded = False  # a checkpoint
         self._saved = False  # a checkpoint
         self._fit_ended = False  # and not by an exception
@@ -339,7 +340,8 @@ class FaultToleranceCallback(pl.Callback):
         self._loaded = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._first_epoch = trainer.current_epoch
+        self._in_training = True
+        self._early_stops = early_stops(trainer)
         self._heartbeat(trainer)
         if trainer.global_step == 0 and trainer.is_global_zero and self._client.is_initialized:
             self._check_resume(trainer)
@@ -443,6 +445,9 @@ class FaultToleranceCallback(pl.Callback):
 
     def _save_checkpoint(self, trainer: pl.Trainer, filepath: Any, *args: Any, **kwargs: Any) -> None:
         """In the place of Trainer.save_checkpoint, which all ranks call."""
+        if not self._in_training:  # a search of the learning rate, which removes its checkpoint
+            type(trainer).save_checkpoint(trainer, filepath, *args, **kwargs)
+            return
         if is_asynchronous(trainer):  # takes no longer than a step; how long it goes on is seen by the writer
             type(trainer).save_checkpoint(trainer, filepath, *args, **kwargs)
         else:
@@ -462,7 +467,7 @@ class FaultToleranceCallback(pl.Callback):
         """In the place of CheckpointIO.save_checkpoint, on global rank 0 alone, and in a thread if asynchronous."""
         # Lightning's own IO is made safe; whoever has chosen another keeps it.
         start = time.monotonic()
-        if type(writer) is pl.plugins.io.TorchCheckpointIO:  # type: ignore[attr-defined]
+        if type(writer).__name__ == "TorchCheckpointIO":
             AtomicCheckpointIO().save_checkpoint(checkpoint, path, *args, **kwargs)
         else:
             type(writer).save_checkpoint(writer, checkpoint, path, *args, **kwargs)
@@ -612,12 +617,12 @@ class FaultToleranceCallback(pl.Callback):
             return f"max_epochs={trainer.max_epochs} reached"
         if not self._fit_ended:  # left by Lightning's _TunerExitException
             return None
-        for early in trainer.early_stopping_callbacks if trainer.should_stop else []:
-            # stopped_epoch is part of its checkpoint: one from an earlier run says nothing about this one.
-            if early.stopping_reason_message is not None or early.stopped_epoch > self._first_epoch:
-                return f"stopped early: {early.stopping_reason_message or early.monitor}"
+        for stop, earlier in zip(early_stops(trainer), self._early_stops, strict=False):
+            if trainer.should_stop and stop != earlier:
+                return f"stopped early: {stop[1]}"
         # A Timer whose time was used up by earlier runs stops this one at once; whoever else stops it wants it later.
-        timers = [callback for callback in trainer.callbacks if isinstance(callback, pl.callbacks.Timer)]  # type: ignore[attr-defined]
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        timers = [callback for callback in callbacks if is_a(callback, "Timer")]
         out_of_time = any((timer.time_remaining() or math.inf) <= 0 for timer in timers)
         if self._batches <= 1 and (out_of_time or not trainer.should_stop):
             return "max_time used up" if out_of_time else "nothing left to train"
@@ -630,6 +635,12 @@ class FaultToleranceCallback(pl.Callback):
         self.logger.info("training is complete: %s; created %s", reason, flag)
 
 
+def early_stops(trainer: pl.Trainer) -> list[tuple[int, str | None]]:
+    """The epoch and the reason of the last stop by each EarlyStopping."""
+    callbacks = trainer.early_stopping_callbacks
+    return [(callback.stopped_epoch, callback.stopping_reason_message) for callback in callbacks]
+
+
 def absolute(path: Any) -> str:
     return str(path) if "://" in str(path) else os.path.abspath(path)
 
@@ -640,7 +651,12 @@ def timestamp() -> str:
 
 def is_asynchronous(trainer: pl.Trainer) -> bool:
     """Whether a thread writes the checkpoints, so that saving returns before they are on disk."""
-    return isinstance(trainer.strategy.checkpoint_io, pl.plugins.io.AsyncCheckpointIO)  # type: ignore[attr-defined]
+    return is_a(trainer.strategy.checkpoint_io, "AsyncCheckpointIO")
+
+
+def is_a(thing: object, name: str) -> bool:
+    """Whether something is of Lightning's class `name`, of whichever of its two packages."""
+    return any(base.__name__ == name and "lightning" in base.__module__ for base in type(thing).__mro__)
 
 
 def file_writer(trainer: pl.Trainer) -> Any:

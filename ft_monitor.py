@@ -119,7 +119,7 @@ def parse_seconds(value: Any) -> float | None:
 def parse_positive(value: Any) -> float:
     try:
         number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not 0 < number < math.inf:
         raise ConfigError(f"got {value!r}, expected a number greater than 0")
@@ -213,6 +213,8 @@ class FaultToleranceConfig:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> FaultToleranceConfig:
+        if not isinstance(values, Mapping):
+            raise ConfigError(f'got {values!r}, expected a JSON object, such as {{"rank_heartbeat_timeout": 60}}')
         names = [field.name for field in dataclasses.fields(cls)]
         for name in values:
             if name not in names:
@@ -227,8 +229,6 @@ class FaultToleranceConfig:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
             if isinstance(values, dict) and isinstance(values.get("fault_tolerance"), dict):
                 values = values["fault_tolerance"]
-            if not isinstance(values, dict):
-                raise ConfigError('expected a JSON object, such as {"rank_heartbeat_timeout": 60}')
             return cls.from_mapping(values)
         except OSError as error:
             raise ConfigError(f"cannot read the configuration {os.fspath(path)!r}: {error.strerror}") from None
@@ -356,14 +356,15 @@ def decode_message(line: bytes) -> dict[str, Any] | None:
     try:
         message = json.loads(line)
         fields = MESSAGE_FIELDS[message["type"]]
-        understood = all(isinstance(message[name], types) for name, types in fields.items())
+        if not all(isinstance(message[name], types) for name, types in fields.items()):
+            return None
         if message["type"] == "request":
             WorkloadAction[message["action"]]
         if message["type"] == "timeouts":
             FaultToleranceConfig().with_calculated(message["calculated"])
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
-    return message if understood else None
+    return dict(message)
 
 
 class MessageReader:
@@ -1146,7 +1147,11 @@ class RankMonitor:
 
     def _warn_if_slow(self, lap: Lap) -> None:
         """Say that a clock nearly ran out, but not again at every step of a training that is always slow."""
-        if lap.limit is None or lap.seconds <= max(lap.limit / 2, 1.1 * self.slowest.get(lap.setting, 0.0)):
+        if (
+            self.kill_at is not None
+            or lap.limit is None
+            or lap.seconds <= max(lap.limit / 2, 1.1 * self.slowest.get(lap.setting, 0.0))
+        ):
             return
         self.slowest[lap.setting] = lap.seconds
         log.warning(
@@ -1310,8 +1315,8 @@ class RankMonitor:
     def _write(self, path: Path, values: Mapping[str, Any]) -> bool:
         try:
             write_json(path, values)
-        except OSError as error:
-            log.warning("%s: cannot write %s: %s", self._who(), path, error.strerror)
+        except (OSError, ValueError) as error:  # ValueError: the rank gave a name that no file can have
+            log.warning("%s: cannot write %r: %s", self._who(), str(path), error)
             return False
         return True
 

@@ -610,7 +610,7 @@ def launch(start: Callable[..., Started], tmp_path: Path) -> Callable[..., Start
         script.write_text(SCRIPT)
         return start(
             [sys.executable, ROOT / "ft_launcher.py", f"--ft-run-dir={tmp_path / 'runs'}", "--nproc-per-node=2",
-             "--max-restarts=2", "--ft-rank-heartbeat-timeout=4", "--shutdown-timeout=15", script, name, *faults],
+             "--max-restarts=2", "--ft-rank-heartbeat-timeout=4", "--shutdown-timeout=8", script, name, *faults],
             **{FLAG_VARIABLE: str(tmp_path / f"{name}.flag")},
         )  # fmt: skip
 

@@ -10,7 +10,6 @@ import shutil
 import signal
 import sys
 import time
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ import ft_monitor
 
 Launch = Callable[..., Started]
 
-# Every rank begins with this. `child()` starts what a DataLoader worker is to a real rank.
+# Every rank begins with this. `child()` starts what a DataLoader worker is to a real rank; `ready()` tells the test.
 PRELUDE = """
 import ctypes, json, os, pathlib, signal, subprocess, sys, time
 from ft_monitor import RankMonitorClient
@@ -45,6 +44,11 @@ def runs(pid):
         return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
         return False
+
+def ready(*pids):
+    file = HERE / f"ready{RANK}"
+    file.with_suffix(".tmp").write_text(" ".join(map(str, (os.getpid(), *pids))))
+    file.with_suffix(".tmp").rename(file)
 
 def beat_for_ever():
     while True:
@@ -86,17 +90,9 @@ def gone_within(seconds: float, mark: Path) -> None:
     wait_until(lambda: not processes_with(f"FT_TEST_MARK={mark}"), seconds, "the end of all processes")
 
 
-def ready(tmp_path: Path, count: int) -> dict[str, list[int]]:
-    """Wait until `count` ranks have written a file ready<RANK> with their pid and their children's."""
-    files = wait_until(lambda: len(found := sorted(tmp_path.glob("ready?"))) == count and found, what="ready files")
-    return {path.name[-1]: [int(pid) for pid in path.read_text().split()] for path in files}
-
-
-READY = """
-def ready(*pids):
-    (HERE / "ready").with_suffix(f".{RANK}").write_text(" ".join(map(str, (os.getpid(), *pids))))
-    (HERE / "ready").with_suffix(f".{RANK}").rename(HERE / f"ready{RANK}")
-"""
+def wait_for_ranks(tmp_path: Path, count: int) -> None:
+    """Until so many ranks have called their ready()."""
+    wait_until(lambda: len(list(tmp_path.glob("ready?"))) == count, what=f"{count} ranks that are ready")
 
 
 # ------------------------------------------------------------------------------------------- faults and restarts
@@ -205,9 +201,7 @@ def test_torch_too_is_told_first_of_the_rank_that_failed_and_not_of_the_survivor
 def test_a_killed_monitor_takes_its_rank_and_all_of_its_children_along_and_the_job_restarts(
     launch: Launch, tmp_path: Path
 ) -> None:
-    body = (
-        READY
-        + """
+    body = """
 client.init_workload_monitoring()
 if ATTEMPT == 0:
     own_group = subprocess.Popen(["sleep", "1000"], process_group=0).pid
@@ -216,11 +210,10 @@ if ATTEMPT == 0:
 left = [pid for path in HERE.glob("ready?") for pid in path.read_text().split() if runs(pid)]
 assert not left, f"LEFT: {left}"
 """
-    )
     if sys.version_info < (3, 11):
         body = body.replace("process_group=0", "preexec_fn=lambda: os.setpgid(0, 0)")
     job = launch(["--nproc-per-node=2", "--max-restarts=1"], body)
-    ready(tmp_path, 2)
+    wait_for_ranks(tmp_path, 2)
     report = read_reports(tmp_path / "runs")["attempt_0/rank1"]
     os.kill(report["monitor_pid"], signal.SIGKILL)
     assert job.wait() == 0, job.output
@@ -237,23 +230,22 @@ assert not left, f"LEFT: {left}"
 def test_a_signal_is_passed_on_once_and_what_outlives_the_grace_is_killed(
     launch: Launch, tmp_path: Path, number: signal.Signals
 ) -> None:
-    body = (
-        READY
-        + """
+    body = """
 def stop(number, frame):
-    print(f"rank {RANK} got signal {number}", flush=True)
+    print(f"rank {RANK} got signal {number}; its child {'still runs' if runs(CHILD) else 'is gone'}", flush=True)
     if RANK == 0:
         sys.exit(0)
+
+CHILD = child()
 
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, stop)
 client.init_workload_monitoring()
-ready(child())
+ready(CHILD)
 beat_for_ever()
 """
-    )
     job = launch(["--nproc-per-node=2", "--shutdown-timeout=2", "--max-restarts=5"], body)
-    ready(tmp_path, 2)
+    wait_for_ranks(tmp_path, 2)
     since = time.monotonic()
     os.kill(job.pid, number)
     job.wait_for_output(f"rank 1 got signal {number}")
@@ -264,6 +256,8 @@ beat_for_ever()
     assert 2 <= took < 8, f"the grace is 2 s, it took {took:.1f} s"
     for rank in (0, 1):
         assert job.output.count(f"rank {rank} got signal") == 1, job.output
+    # A DataLoader whose workers are gone makes its rank fail instead of ending well.
+    assert job.output.count("its child still runs") == 2, job.output
     reports = read_reports(tmp_path / "runs")
     assert [report["status"] for report in reports.values()] == [0, -signal.SIGKILL]
     assert {report["stopped"] for report in reports.values()} == {f"stopped by {number.name}"}
@@ -275,18 +269,15 @@ beat_for_ever()
 
 
 def test_a_killed_launcher_leaves_nothing_running(launch: Launch, tmp_path: Path) -> None:
-    body = (
-        READY
-        + """
+    body = """
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)
 client.init_workload_monitoring()
 ready(child())
 beat_for_ever()
 """
-    )
     job = launch(["--nproc-per-node=2"], body)
-    ready(tmp_path, 2)
+    wait_for_ranks(tmp_path, 2)
     os.kill(job.pid, signal.SIGKILL)
     gone_within(2, tmp_path)
     reports = read_reports(tmp_path / "runs").values()
@@ -297,9 +288,7 @@ def test_sigterm_to_every_process_at_once_lets_ranks_end_well_and_monitors_outli
     launch: Launch, tmp_path: Path
 ) -> None:
     """As scancel and many schedulers do. A rank that writes heartbeats while it ends must not meet a broken pipe."""
-    body = (
-        READY
-        + """
+    body = """
 def stop(number, frame):
     for step in range(20):
         client.send_heartbeat(100 + step)
@@ -313,9 +302,8 @@ client.init_workload_monitoring()
 ready(child())
 beat_for_ever()
 """
-    )
     job = launch(["--nproc-per-node=2", "--shutdown-timeout=10"], body)
-    ready(tmp_path, 2)
+    wait_for_ranks(tmp_path, 2)
     pids = processes_with(f"FT_TEST_MARK={tmp_path}")
     assert len(pids) == 7  # launcher, two monitors, two ranks, two children
     for pid in pids:
@@ -487,7 +475,7 @@ WRONG = {
     "--ft-log-level=loud train.py": "log_level: got 'loud', expected one of",
     "--ft-cfg-path=broken.json train.py": "configuration 'broken.json': Expecting ',' delimiter",
     "--ft-cfg-path=binary.json train.py": "configuration 'binary.json': 'utf-8' codec can't decode",
-    "--ft-cfg-path=list.json train.py": "configuration 'list.json': expected a JSON object",
+    "--ft-cfg-path=list.json train.py": "configuration 'list.json': got [60], expected a JSON object",
     "--ft-cfg-path=misspelt.json train.py": "unknown setting 'rank_hartbeat_timeout'; did you mean 'rank_heartbeat_ti",
     "--ft-cfg-path=negative.json train.py": "configuration 'negative.json': rank_heartbeat_timeout: got -60, expected",
     "--ft-cfg-path=missing.json train.py": "cannot read the configuration 'missing.json': No such file or directory",
@@ -503,7 +491,10 @@ WRONG = {
     "--nproc-per-node=0 train.py": "nproc",
     "--max-restarts=-1 train.py": "max_restarts must be >= 0",
     "--max-restarts=often train.py": "argument --max-restarts/--max_restarts: invalid int value: 'often'",
-    "--monitor-interval=-1 train.py": "interval",
+    "--monitor-interval=-1 train.py": "--monitor-interval: got -1",
+    "--monitor-interval=0 train.py": "--monitor-interval: got 0",
+    "--master-port=70000 train.py": "70000",
+    "--rdzv-backend=c10d --rdzv-endpoint=host:port train.py": "host:port",
     "--shutdown-timeout=-1 train.py": "shutdown_timeout must be non-negative, got -1",
     "--rdzv-backend=carrier-pigeon train.py": "carrier-pigeon",
     "--ft-run-dir=train.py train.py": "cannot create the run directory ",
@@ -580,9 +571,9 @@ def test_flags_beat_the_file_and_the_environment_stands_in_for_flags(
 # -------------------------------------------------------------------------------------------- held to its word
 
 
-def documented(heading: str, module: types.ModuleType = ft_launcher) -> set[str]:
-    """The first column of a table in a module's docstring."""
-    rows = (module.__doc__ or "").partition(f"\n{heading}\n")[2].partition("\n\n")[0].splitlines()
+def documented(heading: str) -> set[str]:
+    """The first column of a table in the launcher's docstring."""
+    rows = (ft_launcher.__doc__ or "").partition(f"\n{heading}\n")[2].partition("\n\n")[0].splitlines()
     return {row.split()[0] for row in rows} - {"variable"}
 
 
@@ -604,32 +595,36 @@ def test_every_option_of_torchrun_is_accepted_and_ours_begin_with_ft() -> None:
     }
 
 
-def test_torch_still_has_what_the_agent_overrides_and_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_still_has_what_the_agent_overrides_and_uses() -> None:
     """The whole of our contract with torch beyond its public API, in one place to look at when a version moves."""
+    agent = ft_launcher.FaultToleranceAgent
     # torch.distributed.launcher.api looks the agent up by its name, among its own globals, when it launches.
     api = torch.distributed.launcher.api
     assert api.LocalElasticAgent is LocalElasticAgent
     assert "LocalElasticAgent" in api.launch_agent.__code__.co_names
     # Overridden, and called with these arguments by torch's loop.
-    for name, parameters in {
+    overridden = {
+        "run": ["self", "role"],
+        "_rendezvous": ["self", "worker_group"],
         "_start_workers": ["self", "worker_group"],
         "_monitor_workers": ["self", "worker_group"],
         "_stop_workers": ["self", "worker_group"],
         "_shutdown": ["self", "death_sig", "timeout"],
-    }.items():
+    }
+    ours = {name for name, value in vars(agent).items() if inspect.isfunction(value) and name != "__init__"}
+    assert {name for name in ours if hasattr(LocalElasticAgent, name)} == overridden.keys()
+    for name, parameters in overridden.items():
         assert list(inspect.signature(getattr(LocalElasticAgent, name)).parameters) == parameters, name
-        assert name in vars(ft_launcher.FaultToleranceAgent), name
-    # Used: attributes of an agent that __init__ sets, and the processes' handles.
-    names = names_used_in(LocalElasticAgent.__init__, SimpleElasticAgent.__init__)
-    assert {"_pcontext", "_worker_group", "_remaining_restarts", "_shutdown_timeout"} <= names
-    assert {"subprocess_handlers"} <= names_used_in(SubprocessContext.__init__)
+    # Used: attributes that torch's __init__ sets.
+    used = set(re.findall(r"self\.(_\w+)", inspect.getsource(agent))) - vars(agent).keys()
+    used -= set(re.findall(r"self\.(_\w+) =", inspect.getsource(agent.__init__)))
+    assert used == {"_pcontext", "_worker_group", "_remaining_restarts", "_shutdown_timeout"}
+    set_by_torch = inspect.getsource(LocalElasticAgent.__init__) + inspect.getsource(SimpleElasticAgent.__init__)
+    assert used <= set(re.findall(r"self\.(_\w+)(?:: .*)? =", set_by_torch))
+    # After a failure torch closes the survivors without naming a signal, which is how the agent tells that it has.
     assert list(inspect.signature(PContext.close).parameters) == ["self", "death_sig", "timeout"]
-    # A failure of this node is seen as soon as one worker has failed, and closes the others: we have to be first.
-    assert "close" in names_used_in(SubprocessContext._poll)
-
-
-def names_used_in(*functions: types.FunctionType | Callable[..., Any]) -> set[str]:
-    return {name for function in functions for name in inspect.unwrap(function).__code__.co_names}
+    assert "self.close()" in inspect.getsource(SubprocessContext._poll)
+    assert inspect.signature(PContext.pids).parameters.keys() == {"self"}
 
 
 def test_a_function_that_torch_would_call_in_a_process_of_its_own_becomes_a_command_line() -> None:
