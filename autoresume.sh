@@ -1,23 +1,34 @@
 #!/usr/bin/env bash
-# autoresume.sh: runs a training job again and again until it is complete.
+# autoresume.sh: runs a training job again and again until it is complete, by hand or inside of sbatch.
 #
-#   ./autoresume.sh [--max-failures N] [--flag FILE] [--] COMMAND...
+#   ./autoresume.sh [--max-failures N] [--flag FILE] [--slurm MODE] [--] COMMAND...
 #   ./autoresume.sh python ft_launcher.py --nproc-per-node=4 --max-restarts=3 train.py
 #
-# Files (FLAG is --flag, else $FAULT_TOL_FINISHED_FLAG_FILE, else ./ft_finished.flag; exported to COMMAND)
+# Files (FLAG is --flag, else $FAULT_TOL_FINISHED_FLAG_FILE, else ./ft_finished.flag; exported to COMMAND; in a job
+# array the default is ./ft_finished_TASK.flag)
 #   FLAG           made by the job when training is complete; nothing is run while it exists
 #   FLAG.progress  made anew by the job for each checkpoint that is on disk
+#   FLAG.stop      asks the job to save a checkpoint and to end, unfinished
 #   FLAG.gave_up   made by the launcher when running again makes no sense, with the reason
+#   FLAG.runs      what became of each run, one JSON object a line
+#   FLAG.lock      locked while a run goes on, so that there is never a second one
+#   FLAG.job       the job script, for the next job of the chain
 #
 # What a run is followed by
 #   FLAG exists                        the end, exit code 0
 #   FLAG.gave_up, or exit code 93      the end, exit code 93
 #   TERM, INT or HUP had arrived       the end, exit code 128+N, after COMMAND, which got the signal too, has ended
-#   FLAG.progress has changed          the next run
 #   no progress, the Nth in a row      the end, with the exit code of COMMAND, or 1 where that is 0
-#   no progress otherwise              the next run
+#   anything else                      the next run; inside of SLURM, if COMMAND ended with 0, in the next job
+# Progress is a FLAG.progress that has changed. Exit code 2 is wrong usage: nothing was run.
 #
-# Exit code 2: wrong usage, nothing was run.
+# Inside of SLURM (let the job script end with: exec ./autoresume.sh ..., so that its signals arrive here)
+#   --slurm chain    queues the same job script to start when this job has ended, for whatever reason, and cancels it
+#                    when training is complete or given up, or the job is cancelled by scancel
+#   --slurm requeue  requeues this job when a run has ended with 0 and training is not complete
+#   --slurm loop     does all runs in this job
+#   --slurm auto     chain, where there is sbatch (the default)
+#   #SBATCH --signal=B:USR1@300 makes the job save a checkpoint and hand over 300 s before its time limit.
 set -u
 set -m # COMMAND gets a process group of its own, a stdin, and a SIGINT that is not ignored
 exec 3>&2
@@ -31,29 +42,40 @@ usage_error() {
 
 usage() { sed -n '2,/^set -u/{/^set -u/d;s/^# \{0,1\}//;p;}' "$0"; }
 
+# -- arguments
+
 parse_arguments() {
   max_failures=3
-  flag=${FAULT_TOL_FINISHED_FLAG_FILE:-ft_finished.flag}
+  flag=${FAULT_TOL_FINISHED_FLAG_FILE:-ft_finished${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}.flag}
+  mode=auto
   while (($#)); do
     case $1 in
-      --max-failures | --flag)
+      --max-failures | --flag | --slurm)
         (($# > 1)) || usage_error "$1 needs a value"
-        if [[ $1 == --flag ]]; then flag=$2; else max_failures=$2; fi
+        set_option "$1" "$2"
         shift 2
         ;;
-      --max-failures=*) max_failures=${1#*=} && shift ;;
-      --flag=*) flag=${1#*=} && shift ;;
+      --max-failures=* | --flag=* | --slurm=*) set_option "${1%%=*}" "${1#*=}" && shift ;;
       -h | --help) usage && exit 0 ;;
       --) shift && break ;;
-      -*) usage_error "unknown option $1: expected --max-failures N, --flag FILE, or -- before the command" ;;
+      -*) usage_error "unknown option $1: expected --max-failures, --flag, --slurm, or -- before the command" ;;
       *) break ;;
     esac
   done
   command=("$@")
 }
 
+set_option() { # NAME VALUE
+  case $1 in
+    --max-failures) max_failures=$2 ;;
+    --flag) flag=$2 ;;
+    --slurm) mode=$2 ;;
+  esac
+}
+
 check_arguments() {
   [[ $max_failures =~ ^[1-9][0-9]*$ ]] || usage_error "--max-failures: got '$max_failures', expected a number of at least 1"
+  [[ $mode =~ ^(chain|requeue|loop|auto)$ ]] || usage_error "--slurm: got '$mode', expected chain, requeue, loop or auto"
   ((${#command[@]})) || usage_error "no command: give what is to be run, such as: python ft_launcher.py train.py"
   type -P -- "${command[0]}" >/dev/null || usage_error "command '${command[0]}' not found, or not executable: give its path"
   [[ -n $flag ]] || usage_error "--flag: got an empty name, expected a file"
@@ -61,16 +83,91 @@ check_arguments() {
   local directory
   directory=$(dirname -- "$flag")
   [[ -d $directory ]] || usage_error "the directory of the flag does not exist: create '$directory', or choose another --flag"
-  [[ -w $directory ]] || usage_error "the directory of the flag is not writable: '$directory'"
+  # Root may write where nobody may: only trying tells, also of a file system that is mounted read-only.
+  { : >>"$flag.lock"; } 2>/dev/null || usage_error "the directory of the flag is not writable: '$directory'"
   [[ ! -d $flag ]] || usage_error "the flag '$flag' is a directory: expected a file"
 }
 
-# The value of a member of one of the JSON files, which hold it in one line.
+# -- files
+
+# The value of a member of a JSON object that is in one line; the last line's in a file of several.
 json_value() { # FILE NAME
-  [[ -r $1 ]] && sed -n 's/.*"'"$2"'": *"\{0,1\}\([^",}]*\).*/\1/p' "$1"
+  [[ -r $1 ]] && tail -n 1 -- "$1" | sed -n 's/.*"'"$2"'": *"\{0,1\}\([^",}]*\).*/\1/p'
 }
 
 progress() { cat -- "$flag.progress" 2>/dev/null; }
+
+step() { json_value "$flag.progress" step || echo; }
+
+# Add a line to FLAG.runs.
+note() { # EVENT RESULT REASON
+  printf '{"event": "%s", "run": %d, "job": "%s", "time": "%s", "step": "%s", "failures": %d, "continuation": "%s", "result": "%s", "reason": "%s"}\n' \
+    "$1" "$run" "$job" "$(date +%Y-%m-%dT%H:%M:%S%z)" "$(step)" "$failures" "$continuation" "$2" "${3//[\"\\]/}" >>"$flag.runs"
+}
+
+# Never two runs of one job. The lock is COMMAND's too: it holds as long as either of us lives.
+take_lock() {
+  exec 9>>"$flag.lock"
+  flock --nonblock 9 && return
+  say "another run holds $flag.lock: waiting for it to end"
+  flock --timeout 60 9 && return
+  say "error: another run still holds $flag.lock: this one ends"
+  exit 1
+}
+
+# -- SLURM
+
+job_info() { # NAME
+  scontrol show job --oneliner "$job" 2>/dev/null | sed -n 's/.* '"$1"'=\([^ ]*\).*/\1/p'
+}
+
+choose_mode() {
+  job=${SLURM_JOB_ID:-}
+  if [[ -z $job ]]; then
+    mode=loop
+  elif [[ $mode == auto ]]; then
+    if type -P sbatch >/dev/null; then mode=chain; else mode=loop; fi
+  fi
+}
+
+# Queue this job's script to start when this job has ended.
+queue_continuation() {
+  local old script=$flag.job words word rest=() options=() cleaned=() name
+  old=$(json_value "$flag.runs" continuation)
+  if [[ -n $old && $old != "$job" ]] && [[ $(squeue --noheader --jobs "$old" --format %T 2>/dev/null) == PENDING ]]; then
+    continuation=$old # this job was requeued: what it had queued in its earlier life still waits for it
+    return
+  fi
+  scontrol write batch_script "$job" "$script" >/dev/null || return
+  # Command is the path of the job script and its arguments, with spaces between.
+  read -r -a words <<<"$(scontrol show job --oneliner "$job" | sed -n 's/.* Command=\(.*\) WorkDir=.*/\1/p')"
+  name=''
+  for word in "${words[@]}"; do
+    if [[ -n $name && -f $name ]]; then rest+=("$word"); else name=${name:+$name }$word; fi
+  done
+  options=(--dependency="afterany:${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}")
+  [[ -n ${SLURM_ARRAY_JOB_ID:-} ]] || options=(--dependency="afterany:$job")
+  options+=(--job-name="$SLURM_JOB_NAME" --partition="$(job_info Partition)" --nodes="$(job_info NumNodes)")
+  options+=(--time="$(job_info TimeLimit)" --chdir="$PWD")
+  for name in Account QOS; do
+    word=$(job_info "$name")
+    [[ -z $word || $word == "(null)" ]] || options+=("--$(tr '[:upper:]' '[:lower:]' <<<"$name")=$word")
+  done
+  [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || options+=(--array="$SLURM_ARRAY_TASK_ID")
+  # The environment goes along, but what tells of this job would confuse srun in the next.
+  for name in "${!SLURM_@}"; do
+    [[ $name == SLURM_CONF ]] || cleaned+=(-u "$name")
+  done
+  continuation=$(env "${cleaned[@]}" FT_AUTORESUME_CONTINUES="$job" \
+    sbatch --parsable "${options[@]}" "$script" ${rest[@]+"${rest[@]}"})
+  continuation=${continuation%%;*}
+}
+
+cancel_continuation() {
+  [[ -z $continuation ]] || scancel "$continuation"
+}
+
+# -- signals
 
 pass_on() { # SIGNAL
   if [[ -n $child ]]; then
@@ -82,7 +179,28 @@ stop() { # SIGNAL
   stopped_by=$1
   say "got SIG$1: passing it on, waiting for the command to end, starting no other run"
   pass_on "$1"
+  if [[ -n $continuation ]] && is_cancelled; then
+    say "the job was cancelled: cancelling its continuation $continuation"
+    cancel_continuation
+  fi
 }
+
+# scancel means that the job is not wanted any more; time limits, preemption and failing nodes send TERM too, but leave
+# a reason.
+is_cancelled() {
+  [[ $(job_info JobState) =~ ^(COMPLETING|CANCELLED) && $(job_info Reason) == None && -z $(job_info PreemptTime) ]]
+}
+
+user_signal() { # SIGNAL
+  if [[ $1 == USR1 && -n $job ]]; then
+    say "got SIGUSR1: asking the job to save a checkpoint and to end ($flag.stop)"
+    : >"$flag.stop"
+  else
+    pass_on "$1"
+  fi
+}
+
+# -- the loop
 
 # Run the command to its end; its exit code goes to $status.
 run_once() {
@@ -91,25 +209,63 @@ run_once() {
   if [[ -n $stopped_by ]]; then
     pass_on "$stopped_by" # it arrived before there was a child to pass it on to
   fi
-  # A trapped signal interrupts wait; the exit code can be asked for again afterwards.
-  while wait "$child"; kill -0 "$child"; do :; done 2>/dev/null
   wait "$child" 2>/dev/null
   status=$?
+  while kill -0 "$child" 2>/dev/null; do # a trapped signal has interrupted wait
+    wait "$child" 2>/dev/null
+    status=$?
+  done
   child=''
 }
 
-finish_if_done() {
+# The failures in a row that earlier jobs of this chain have noted.
+earlier_failures() {
+  failures=0
+  [[ -n ${FT_AUTORESUME_CONTINUES:-} ]] || return 0
+  failures=$(json_value "$flag.runs" failures)
+  failures=${failures:-0}
+  run=$(json_value "$flag.runs" run)
+  run=${run:-0}
+  # A run whose end is not there was cut off, by a node that failed or a time limit.
+  if [[ $(json_value "$flag.runs" event) == start && $(json_value "$flag.runs" step) == "$(step)" ]]; then
+    failures=$((failures + 1))
+  fi
+}
+
+end() { # EXIT_CODE RESULT REASON
+  note end "$2" "$3"
+  say "$3"
+  exit "$1"
+}
+
+end_if_done() {
   if [[ -e $flag ]]; then
-    say "training is complete: $flag ($(json_value "$flag" reason))"
-    exit 0
+    cancel_continuation
+    end 0 complete "training is complete: $flag ($(json_value "$flag" reason))"
   fi
   if ((status == 93)) || [[ -e $flag.gave_up ]]; then
-    say "gave up: $(json_value "$flag.gave_up" reason || echo "the command ended with 93")"
-    exit 93
+    cancel_continuation
+    end 93 "gave up" "gave up: $(json_value "$flag.gave_up" reason || echo "the command ended with 93")"
   fi
   if [[ -n $stopped_by ]]; then
-    exit $((128 + $(kill -l "$stopped_by")))
+    end $((128 + $(kill -l "$stopped_by"))) stopped "stopped by SIG$stopped_by"
   fi
+  if ((failures >= max_failures)); then
+    cancel_continuation
+    end $((status ? status : 1)) failed "$failures runs in a row saved no checkpoint: giving up"
+  fi
+}
+
+# Leave the next run to the next job.
+hand_over() {
+  if [[ $mode == requeue ]]; then
+    note end unfinished "requeueing job $job"
+    say "requeueing job $job"
+    scontrol requeue "$job" && sleep 60 & # until SLURM ends this script
+    wait $!
+    exit 0
+  fi
+  [[ -z $continuation ]] || end 0 unfinished "job $continuation goes on from here"
 }
 
 main() {
@@ -119,39 +275,50 @@ main() {
     say "nothing to run: training is complete, $flag exists; remove it to train anew"
     exit 0
   fi
-  rm -f -- "$flag.gave_up" # of an earlier job: whoever starts this one wants to try again
-  export FAULT_TOL_FINISHED_FLAG_FILE=$flag
-
-  child='' stopped_by='' status=0
+  child='' stopped_by='' status=0 continuation='' run=0
+  choose_mode
   trap 'stop TERM' TERM
   trap 'stop INT' INT
   trap 'stop HUP' HUP
-  trap 'pass_on USR1' USR1
-  trap 'pass_on USR2' USR2
+  trap 'user_signal USR1' USR1
+  trap 'user_signal USR2' USR2
+  take_lock
+  earlier_failures
+  [[ -n ${FT_AUTORESUME_CONTINUES:-} ]] || rm -f -- "$flag.gave_up" # whoever starts the job anew wants to try again
+  if [[ $mode == chain ]]; then
+    queue_continuation
+    if [[ -n $continuation ]]; then
+      say "job $continuation is queued to go on when this job ends"
+    else
+      say "cannot queue a continuation: doing all runs in this job"
+    fi
+  fi
+  unset FT_AUTORESUME_CONTINUES
+  export FAULT_TOL_FINISHED_FLAG_FILE=$flag
 
-  local failures=0 run before what
-  for ((run = 1; ; run++)); do
+  local before
+  end_if_done
+  while true; do
+    rm -f -- "$flag.stop" # it was meant for an earlier run
+    run=$((run + 1))
+    note start running ''
     say "run $run starts"
     before=$(progress)
     SECONDS=0
     run_once
-    what="run $run ended with exit code $status after $SECONDS s"
-    say "$what"
-    finish_if_done
+    say "run $run ended with exit code $status after $SECONDS s"
     if [[ $(progress) != "$before" ]]; then
       failures=0
-      say "a checkpoint of step $(json_value "$flag.progress" step) was saved: running again"
-      continue
+      say "a checkpoint of step $(step) was saved"
+    else
+      failures=$((failures + 1))
+      say "no checkpoint was saved, $failures of $max_failures in a row"
     fi
-    failures=$((failures + 1))
-    if ((failures >= max_failures)); then
-      say "$failures runs in a row saved no checkpoint: giving up"
-      exit $((status ? status : 1))
-    fi
-    say "no checkpoint was saved, $failures of $max_failures in a row: running again"
-    sleep 1 & # so that signals are heard at once
-    wait $!
-    finish_if_done
+    end_if_done
+    ((status)) || hand_over
+    note end unfinished "exit code $status"
+    ((failures == 0)) || { sleep 1 & wait $!; } # in the background, so that signals are heard at once
+    end_if_done
   done
 }
 

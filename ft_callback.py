@@ -8,7 +8,7 @@ Works with `lightning` and with `pytorch_lightning`, on any device, with one ran
 Hook                                     what it does
     setup                                sets broken checkpoints aside, loads timeouts, connects to the rank's monitor
     on_train_start, on_train_batch_end,  heartbeat with the global step; at train start, a warning if it starts at
-    on_train_end, on_validation_start,   step 0 although a checkpoint had been saved
+    on_train_end, on_validation_start,   step 0 although a checkpoint had been saved; at a batch's end, FLAG.stop
     on_validation_batch_end,
     on_validation_end
     on_load_checkpoint                   from now on the first heartbeat's time is that of a run that resumes
@@ -25,6 +25,8 @@ Sections, which have timeouts of their own, so that those of heartbeats can be s
 
 Files (FLAG is the value of FAULT_TOL_FINISHED_FLAG_FILE; written by global rank 0, beside and renamed)
     FLAG                           training is complete: {"reason", "step", "epoch", "time"}
+    FLAG.stop                      made by a person or by autoresume.sh: save a checkpoint at the next batch, and end
+                                   fit; training is not complete, and the next run goes on from there
     FLAG.progress                  the newest checkpoint: {"step", "epoch", "checkpoint", "time"}
     FT_RUN_DIR/progress.json       the same
     EXP_DIR/ft_state.json          calculated timeouts: {"version", "client", "validated", "killed", "time"}
@@ -62,6 +64,7 @@ from ft_monitor import (
     RankMonitorClient,
     WorkloadControlRequest,
     describe_error,
+    maximum_of_ranks,
     section_setting,
     write_json,
 )
@@ -87,6 +90,7 @@ FLAG_VARIABLE = "FAULT_TOL_FINISHED_FLAG_FILE"
 FIRST_BATCH, FINISHING = "first_batch", "finishing"
 UNFINISHED = ".ft_unfinished"  # ends the name of a checkpoint that is being written
 LAST_PATTERN = "last*.ckpt"  # where ckpt_path="last" looks
+STOP_CHECK_SECONDS = 2.0  # between looks for FLAG.stop
 MIN_BATCHES = 16  # training batches before heartbeat timeouts are calculated
 HEARTBEAT = "rank_heartbeat_timeout"
 
@@ -316,6 +320,8 @@ class FaultToleranceCallback(pl.Callback):
         """What is known of a fit that begins."""
         self._batches = 0  # training batches
         self._in_training = False
+        self._next_stop_check = 1  # the batch at whose end all ranks ask whether to stop
+        self._last_stop_check = (0, 0.0)  # batch and time of the last one
         self._early_stops: list[tuple[int, str | None]] = []  # that are part of the checkpoint
         self._loaded = False  # a checkpoint
         self._saved = False  # a checkpoint
@@ -353,6 +359,8 @@ class FaultToleranceCallback(pl.Callback):
         self._heartbeat(trainer)
         if self._batches == MIN_BATCHES:
             self._update_timeouts(trainer)
+        if self._batches == self._next_stop_check:
+            self._stop_if_requested(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._leave(FIRST_BATCH)  # of a training without any
@@ -607,7 +615,41 @@ class FaultToleranceCallback(pl.Callback):
         if trainer.is_global_zero:
             self.logger.info(text, *values)
 
-    # -- completion
+    # -- the end of training
+
+    def _stop_if_requested(self, trainer: pl.Trainer) -> None:
+        """End fit if FLAG.stop exists. Ranks must stop at the same batch, so they ask each other, every few seconds.
+
+        What ends fit is Lightning's own exception for that: `should_stop` would start a validation first, and ends
+        nothing before min_epochs.
+        """
+        flag = os.environ.get(FLAG_VARIABLE)
+        request = Path(f"{flag}.stop")
+        asked = flag and trainer.is_global_zero and request.exists()
+        batch, now = self._batches, time.monotonic()
+        since_batch, since = self._last_stop_check
+        # The batches of the next seconds, as rank 0 expects them: all must come to the same number.
+        interval = 1.0 if not since else max(1.0, STOP_CHECK_SECONDS * (batch - since_batch) / max(now - since, 1e-3))
+        answer = maximum_of_ranks([float(bool(asked)), interval if trainer.is_global_zero else 0.0])
+        self._last_stop_check, self._next_stop_check = (batch, now), batch + int(answer[1])
+        if not answer[0]:
+            return
+        self._save_last_checkpoint(trainer)
+        if trainer.is_global_zero:
+            request.unlink(missing_ok=True)
+            self.logger.info(
+                "stopped at step %d, as %s asked; the next run goes on from there", trainer.global_step, request
+            )
+        raise importlib.import_module(f"{pl.__name__}.utilities.exceptions")._TunerExitException
+
+    def _save_last_checkpoint(self, trainer: pl.Trainer) -> None:
+        """Save where ckpt_path="last" looks."""
+        keepers: list[Any] = [keeper for keeper in trainer.checkpoint_callbacks if getattr(keeper, "dirpath", None)]
+        directory = keepers[0].dirpath if keepers else trainer.default_root_dir
+        path = os.path.join(directory, "last.ckpt")
+        for keeper in keepers[:1]:
+            keeper.last_model_path = path
+        trainer.save_checkpoint(path, weights_only=False)
 
     def _why_complete(self, trainer: pl.Trainer) -> str | None:
         """Why there is nothing left to train; None if a next run has to go on."""

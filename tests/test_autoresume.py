@@ -1,0 +1,238 @@
+"""autoresume.sh by hand: real runs of small commands. Inside of SLURM: test_slurm.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Started
+
+AUTORESUME = str(ROOT / "autoresume.sh")
+Start = Callable[..., Started]
+
+# What a run does: each start is counted in the file `starts`.
+TRAIN = """
+f=$FAULT_TOL_FINISHED_FLAG_FILE; echo x >>starts; n=$(wc -l <starts)
+save() { echo "{\\"step\\": $1}" >"$f.tmp"; mv "$f.tmp" "$f.progress"; }
+finish() { echo '{"reason": "max_steps=3 reached"}' >"$f"; }
+"""
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    path = tmp_path / "a $directory's name"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture
+def run(start: Start, directory: Path) -> Callable[..., Started]:
+    def run_script(body: str, *options: str, **environment: str) -> Started:
+        return start([AUTORESUME, *options, "--", "bash", "-c", TRAIN + body], cwd=directory, **environment)
+
+    return run_script
+
+
+def starts(directory: Path) -> int:
+    path = directory / "starts"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def test_it_runs_until_the_flag_exists(run: Callable[..., Started], directory: Path) -> None:
+    job = run("save $n; [ $n -lt 3 ] || finish")
+    assert job.wait() == 0
+    assert starts(directory) == 3
+    assert f"training is complete: {directory}/ft_finished.flag (max_steps=3 reached)" in job.output
+    lines = [json.loads(line) for line in (directory / "ft_finished.flag.runs").read_text().splitlines()]
+    assert [line["result"] for line in lines] == [
+        "running",
+        "unfinished",
+        "running",
+        "unfinished",
+        "running",
+        "complete",
+    ]
+    assert [line["step"] for line in lines] == ["", "1", "1", "2", "2", "3"]
+
+
+def test_a_flag_at_the_start_runs_nothing(run: Callable[..., Started], directory: Path) -> None:
+    (directory / "done").touch()
+    job = run("true", "--flag", "done")
+    assert job.wait() == 0
+    assert starts(directory) == 0
+    assert f"{directory}/done exists; remove it to train anew" in job.output
+
+
+def test_a_flag_ends_it_whatever_the_exit_code(run: Callable[..., Started], directory: Path) -> None:
+    assert run("finish; exit 5").wait() == 0
+    assert starts(directory) == 1
+
+
+@pytest.mark.parametrize(("code", "expected"), [(7, 7), (0, 1)])
+def test_runs_without_progress_end_it_at_the_limit(
+    run: Callable[..., Started], directory: Path, code: int, expected: int
+) -> None:
+    job = run(f"exit {code}", "--max-failures=2")
+    assert job.wait() == expected
+    assert starts(directory) == 2
+    assert "2 runs in a row saved no checkpoint: giving up" in job.output
+
+
+def test_a_checkpoint_gives_a_failing_job_new_tries(run: Callable[..., Started], directory: Path) -> None:
+    """Of the starts, the 2nd and the 4th save a checkpoint; the limit of two is reached by the 5th and 6th."""
+    job = run("case $n in 2|4) save $n;; esac; exit 3", "--max-failures", "2")
+    assert job.wait() == 3
+    assert starts(directory) == 6
+
+
+def test_a_job_that_gave_up_is_not_run_again(run: Callable[..., Started], directory: Path) -> None:
+    (directory / "ft_finished.flag.gave_up").write_text('{"reason": "of an earlier job"}')
+    job = run("""[ $n -lt 2 ] && exit 1; echo '{"reason": "a bug in the code", "time": "now"}' >"$f.gave_up"; exit 1""")
+    assert job.wait() == 93
+    assert starts(directory) == 2
+    assert "gave up: a bug in the code\n" in job.output
+
+
+def test_exit_code_93_is_enough(run: Callable[..., Started], directory: Path) -> None:
+    assert run("exit 93").wait() == 93
+    assert starts(directory) == 1
+
+
+@pytest.mark.parametrize("name", ["TERM", "INT", "HUP"])
+def test_a_stop_signal_reaches_the_command_which_is_waited_for(
+    run: Callable[..., Started], directory: Path, name: str
+) -> None:
+    number = signal.Signals[f"SIG{name}"]
+    job = run(f"trap 'sleep 0.2; echo ENDS; exit 0' {name}; echo UP; while :; do sleep 0.05; done")
+    job.wait_for_output("UP")
+    os.kill(job.pid, number)
+    assert job.wait() == 128 + number
+    assert starts(directory) == 1
+    assert re.search(rf"got SIG{name}: passing it on.*ENDS.*run 1 ended.*stopped by SIG{name}", job.output, re.DOTALL)
+
+
+def test_a_command_that_ignores_the_signal_is_waited_for(run: Callable[..., Started], directory: Path) -> None:
+    job = run("trap '' TERM; echo UP; until [ -e go ]; do sleep 0.05; done; echo LAST")
+    job.wait_for_output("UP")
+    for _ in range(3):
+        os.kill(job.pid, signal.SIGTERM)
+    job.wait_for_output("got SIGTERM")
+    assert job.process.poll() is None
+    (directory / "go").touch()
+    assert job.wait() == 128 + signal.SIGTERM
+    assert "LAST" in job.output
+
+
+def test_a_signal_between_two_runs_starts_no_other(run: Callable[..., Started], directory: Path) -> None:
+    job = run("exit 1", "--max-failures=9")
+    job.wait_for_output("no checkpoint was saved, 1 of 9")
+    os.kill(job.pid, signal.SIGTERM)
+    assert job.wait() == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+def test_user_signals_are_passed_on_and_end_nothing(
+    run: Callable[..., Started], directory: Path, number: signal.Signals
+) -> None:
+    job = run(f"trap 'echo HEARD' {number.name[3:]}; echo UP; until [ -e go ]; do sleep 0.05; done; finish")
+    job.wait_for_output("UP")
+    for _ in range(20):
+        os.kill(job.pid, number)
+    job.wait_for_output("HEARD")
+    (directory / "go").touch()
+    assert job.wait() == 0
+    assert starts(directory) == 1
+
+
+def test_a_command_ended_by_a_signal_is_a_failed_run(run: Callable[..., Started], directory: Path) -> None:
+    job = run("kill -9 $$", "--max-failures=1")
+    assert job.wait() == 128 + signal.SIGKILL
+    assert "Killed" not in job.output.replace("SIGKILL", "")
+
+
+def test_there_is_never_a_second_run_while_the_first_one_lives(run: Callable[..., Started], directory: Path) -> None:
+    first = run("echo UP; until [ -e go ]; do sleep 0.05; done; finish")
+    first.wait_for_output("UP")
+    second = run("finish")
+    second.wait_for_output("another run holds")
+    assert starts(directory) == 1
+    os.kill(first.pid, signal.SIGKILL)  # the command goes on, and with it the lock
+    first.wait()
+    assert second.process.poll() is None
+    (directory / "go").touch()
+    assert second.wait() == 0
+    assert starts(directory) <= 2
+
+
+def test_a_stop_request_of_an_earlier_run_is_forgotten(run: Callable[..., Started], directory: Path) -> None:
+    (directory / "ft_finished.flag.stop").touch()
+    assert run('[ ! -e "$f.stop" ] || exit 1; finish', "--max-failures=1").wait() == 0
+
+
+def test_the_command_gets_its_arguments_and_the_path_of_the_flag(start: Start, directory: Path) -> None:
+    code = "import os, sys; print(sys.argv[1:], os.environ['FAULT_TOL_FINISHED_FLAG_FILE']); sys.exit(93)"
+    job = start(
+        [AUTORESUME, "python3", "-c", code, "--flag", "a  b", "", "*"],
+        cwd=directory,
+        FAULT_TOL_FINISHED_FLAG_FILE="x y",
+    )
+    assert job.wait() == 93
+    assert f"['--flag', 'a  b', '', '*'] {directory}/x y\n" in job.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ([], "no command"),
+        (["--max-failures", "0", "true"], "--max-failures: got '0'"),
+        (["--max-failures", "many", "true"], "--max-failures: got 'many'"),
+        (["--max-failures"], "--max-failures needs a value"),
+        (["--slurm=always", "true"], "--slurm: got 'always'"),
+        (["--falg", "x", "true"], "unknown option --falg"),
+        (["no-such-command-here"], "command 'no-such-command-here' not found"),
+        (["--flag", "missing/flag", "true"], "does not exist"),
+        (["--flag", "/proc/flag", "true"], "not writable"),
+        (["--flag", "", "true"], "empty name"),
+        (["--flag", ".", "true"], "is a directory"),
+    ],
+)
+def test_wrong_usage_is_one_clear_line(directory: Path, arguments: list[str], complaint: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("FAULT", "SLURM"))}
+    done = subprocess.run([AUTORESUME, *arguments], cwd=directory, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2
+    assert complaint in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert not list(directory.glob("*.runs"))
+
+
+def test_help_is_the_head_of_the_script(directory: Path) -> None:
+    done = subprocess.run([AUTORESUME, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "--max-failures N" in done.stdout and "set -u" not in done.stdout
+
+
+def test_ctrl_c_at_a_terminal_stops_the_command_and_the_loop(directory: Path) -> None:
+    script = "trap 'echo ENDS; exit 1' INT; echo UP; while :; do sleep 0.05; done"
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(directory)
+        os.execv(AUTORESUME, [AUTORESUME, "bash", "-c", script])
+    seen = b""
+    deadline = time.monotonic() + 30
+    while b"UP" not in seen and time.monotonic() < deadline:
+        seen += os.read(terminal, 4096)
+    os.write(terminal, b"\x03")
+    _, status = os.waitpid(pid, 0)
+    try:
+        seen += os.read(terminal, 65536)
+    except OSError:
+        pass  # the terminal is gone with its last process
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGINT
+    assert b"ENDS" in seen and b"run 2" not in seen
