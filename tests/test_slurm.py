@@ -99,8 +99,8 @@ class Slurm:
     def submit(self, directory: Path, *arguments: str) -> str:
         return self.call("sbatch", "--parsable", *arguments, cwd=directory).partition(";")[0]
 
-    def queue(self, state: str = "all") -> list[str]:
-        return self.call("squeue", "-h", "-r", "-o", "%i", "-t", state).split()
+    def queue(self, *options: str) -> list[str]:
+        return self.call("squeue", "-h", "-r", "-o", "%i", *options).split()
 
     def wait_empty(self, limit: float = 90.0) -> None:
         wait_until(lambda: not self.queue(), limit, "an empty queue")
@@ -236,7 +236,7 @@ def test_a_job_that_always_fails_stops_at_the_limit_and_leaves_no_job(slurm: Slu
 def test_scancel_cancels_the_continuation_too(slurm: Slurm, directory: Path) -> None:
     job = slurm.submit(directory, str(write_job(directory)), "9", "wait")
     wait_for_starts(directory, 1)
-    assert len(slurm.queue("PENDING")) == 1
+    assert len(slurm.queue("-t", "PENDING")) == 1
     slurm.call("scancel", job)
     slurm.wait_empty()
     assert len(starts(directory)) == 1, output(directory)
@@ -294,7 +294,7 @@ def test_a_chain_survives_the_loss_of_exit_codes(slurm: Slurm, directory: Path) 
 
 
 def test_a_lightning_training_goes_on_from_job_to_job(slurm: Slurm, directory: Path) -> None:
-    """The job script of the README for several nodes: two launchers, a rank killed on the way, a stop request, an end."""
+    """The README's job script for several nodes: two launchers, a rank killed on the way, a stop request, an end."""
     script = directory / "job.sh"
     readme = (ROOT / "README.md").read_text()
     _, _, text = readme.partition("<!-- job.sh -->\n```bash\n")
