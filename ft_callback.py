@@ -462,9 +462,10 @@ class FaultToleranceCallback(pl.Callback):
             self._enter(CHECKPOINTING)
             try:
                 type(trainer).save_checkpoint(trainer, filepath, *args, **kwargs)
+                # Within the section: at its end, the survivor of a failed peer is killed.
+                self._note_progress(trainer, trainer.global_step, trainer.current_epoch, filepath)
             finally:
                 self._leave(CHECKPOINTING)
-            self._note_progress(trainer, trainer.global_step, trainer.current_epoch, filepath)
         self._saved = True
         self._heartbeat(trainer)
         self._update_timeouts(trainer)

@@ -755,6 +755,12 @@ def make_run_dir(base: Path) -> Path:
     return run_dir
 
 
+def heard_signals(names: str) -> str:
+    """Of the signals that torch is to handle, those that are not ignored: nohup means to outlive a hang-up."""
+    numbers = {name: getattr(signal, name.strip(), None) for name in names.split(",")}
+    return ",".join(n for n, number in numbers.items() if number is None or signal.getsignal(number) != signal.SIG_IGN)
+
+
 def prepare_environment(config: FaultToleranceConfig, run_dir: Path) -> None:
     os.environ["FT_CONFIG"] = config.to_json()
     os.environ["FT_RUN_DIR"] = str(run_dir)
@@ -820,6 +826,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, config = parse_arguments(argv)
     ft_monitor.configure_logging("ft_launcher", config.log_level, "ft_launcher")
     prepare_environment(config, args.ft_run_dir)
+    args.signals_to_handle = heard_signals(args.signals_to_handle)
     off = "; hang detection is off: set --ft-rank-heartbeat-timeout, or calculate_timeouts in the callback"
     off = "" if config.watches_steps else off
     log.info("settings: %s; evidence: %s%s", config.describe(), args.ft_run_dir, off)

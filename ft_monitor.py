@@ -13,6 +13,7 @@ Environment
     FT_RUN_DIR     launcher  monitor, client  directory of the evidence; without it none is written
     FT_ATTEMPT     launcher  monitor, client  0, 1, 2 ...: how often this launcher has started workers
     FT_MONITOR_FD  monitor   client           file descriptor of the pipe's write end
+    RANK           launcher  monitor, client  the rank's number; without it SLURM_PROCID, which srun sets
 
 Messages, one JSON object a line, at most 4,096 bytes, from the rank to the monitor only
     type       fields            meaning
@@ -62,17 +63,19 @@ import datetime
 import difflib
 import enum
 import faulthandler
+import fcntl
 import json
 import logging
 import math
 import multiprocessing
 import os
-import resource
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
 import traceback
@@ -82,16 +85,20 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 MAX_MESSAGE_BYTES = 4096  # PIPE_BUF on Linux: a write of this size is whole or fails, also from several threads
+PIPE_BYTES = 65536  # what a pipe takes before it is full; see pipe(7)
 TERMINATION_SECONDS = 5.0  # from the termination signal of a hung rank to SIGKILL
 REAP_SECONDS = 10.0  # from SIGKILL to giving up on a process that the kernel does not end (D state)
 SUSPENDED_SECONDS = 5.0  # a monitor that wakes later than this was suspended, and its rank most likely with it
 STACKS_SECONDS = 1.0  # how long a rank may take to write its stacks; 1 ms is usual
 HALF_TIME_WARNINGS = 3  # in one attempt, so that a training whose steps are always slow does not fill the log
+LONGEST_WAIT_SECONDS = 86_400.0  # poll(2) takes at most 24 days
 REPORT_SECONDS = 1.0  # between reports of a rank that is well
 SYNC_SECONDS = 60.0  # how long the ranks wait for each other when they calculate timeouts
 DEFAULT_GRACE_SECONDS = 30.0  # as torchrun's --shutdown-timeout
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE = 1, 4  # options of prctl(2)
 PARENT_DIED = signal.SIGURG  # sent by the kernel; by default a process ignores it, so a stray one is harmless
 
+# To a rank, not to a monitor, and so no clash with PARENT_DIED.
 STACKS_SIGNAL = signal.SIGURG  # also ignored by default: before a rank has armed it, and while it is finalized
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 PASSED_ON_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
@@ -307,7 +314,8 @@ def section_setting(name: str) -> str:
 
 def section_of(setting: str) -> str | None:
     """The section that a setting limits, if it limits one."""
-    return setting[22:-1] if setting.startswith("rank_section_timeouts[") else None
+    kind, bracket, name = setting.partition("[")
+    return name.removesuffix("]") if bracket and kind == "rank_section_timeouts" else None
 
 
 # --------------------------------------------------------------------------------------------------- messages
@@ -605,7 +613,7 @@ class RankMonitorClient:
 
     def send_heartbeat(self, step: int | None = None) -> None:
         """Say that this rank is alive, at `step` of the training where it is known."""
-        self._send("heartbeat", step=step)
+        self._send("heartbeat", step=None if step is None else int(step))
 
     def start_section(self, section: str) -> None:
         """Enter a named section; sections may nest and overlap, but a name can be open only once."""
@@ -773,6 +781,8 @@ class RankMonitorClient:
                 self._count(lap)
 
     def _write(self, descriptor: int, line: bytes, keep: bool) -> None:
+        if not keep and is_half_full(descriptor):
+            return  # the other half is kept for what must not get lost
         try:
             while self._unsent:
                 os.write(descriptor, self._unsent[0])
@@ -847,6 +857,14 @@ def arm_stacks() -> bool:
     return True
 
 
+def is_half_full(descriptor: int) -> bool:
+    try:
+        unread: int = struct.unpack("i", fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4)))[0]
+        return unread > PIPE_BYTES // 2
+    except OSError:
+        return False
+
+
 def is_writable_pipe(descriptor: str) -> bool:
     try:
         return stat.S_ISFIFO(os.fstat(int(descriptor)).st_mode)
@@ -871,10 +889,15 @@ def evidence_path(kind: str) -> Path | None:
 # ------------------------------------------------------------------------------------------------- processes
 
 
-def request_death_signal(number: int) -> None:
-    """Ask the kernel to send this process `number` when its parent ends (prctl(2), PR_SET_PDEATHSIG)."""
+def process_control(option: int, value: int) -> None:
+    """prctl(2) for this process; elsewhere than on Linux, nothing."""
     if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(1, int(number), 0, 0, 0)
+        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+
+
+def request_death_signal(number: int) -> None:
+    """Ask the kernel to send this process `number` when its parent ends."""
+    process_control(PR_SET_PDEATHSIG, int(number))
 
 
 def session_members(session: int) -> list[int]:
@@ -988,6 +1011,7 @@ class RankMonitor:
         self.parent_pid = os.getppid() if parent_pid is None else parent_pid
         self.report_path = report_path
         self.report_written = -math.inf  # when
+        self.report_is_old = False
         self.oom_kills = oom_kills()
         self.clocks = Clocks(config, time.monotonic())
         self.reader = MessageReader()
@@ -1033,12 +1057,16 @@ class RankMonitor:
         Raises OSError when the command cannot be started.
         """
         self._catch_signals()
-        self._start()
+        try:
+            self._start()
+        except OSError as error:
+            log.error("cannot start %r: %s", self.command[0], error.strerror)
+            return 127 if isinstance(error, FileNotFoundError) else 126  # as a shell
         self._watch_parent()
         while not self._rank_has_ended():
             wake_at = self._next_deadline()
             sources: list[Any] = [self.signals] if self.pipe is None else [self.signals, self.pipe]
-            wait(sources, None if wake_at is None else max(0.0, wake_at - time.monotonic()))
+            wait(sources, None if wake_at is None else min(max(0.0, wake_at - time.monotonic()), LONGEST_WAIT_SECONDS))
             now = time.monotonic()
             self._hear(now)
             if wake_at is not None and now - wake_at > SUSPENDED_SECONDS and self.kill_at is None:
@@ -1046,6 +1074,8 @@ class RankMonitor:
                 self.clocks.restart(now)
             self._obey(now)
             self._enforce(now)
+            if self.report_is_old and now >= self.report_written + REPORT_SECONDS:
+                self._write_report()
             if self.abandon_at is not None and now >= self.abandon_at:
                 return self._abandon()
         return self._finish()
@@ -1058,6 +1088,8 @@ class RankMonitor:
             os.set_blocking(end, False)
         signal.set_wakeup_fd(self._signals_in, warn_on_full_buffer=False)
         for number in (*STOP_SIGNALS, *PASSED_ON_SIGNALS, PEER_FAILED, PARENT_DIED, signal.SIGCHLD):
+            if number in STOP_SIGNALS and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # under nohup, a hang-up is to be ignored by the rank too
             signal.signal(number, lambda number, frame: None)
 
     def _start(self) -> None:
@@ -1099,6 +1131,12 @@ class RankMonitor:
         return os.waitid(os.P_PID, self.rank.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def _next_deadline(self) -> float | None:
+        deadlines = [self._next_action()]
+        if self.report_is_old:
+            deadlines.append(self.report_written + REPORT_SECONDS)
+        return min((deadline for deadline in deadlines if deadline is not None), default=None)
+
+    def _next_action(self) -> float | None:
         if self.abandon_at is not None:
             return self.abandon_at
         if self.kill_at is not None:
@@ -1135,6 +1173,8 @@ class RankMonitor:
             self._note_times(message["type"])
             if now - self.report_written >= REPORT_SECONDS or message["type"] not in ("heartbeat", "section"):
                 self._write_report()
+            else:
+                self.report_is_old = True
         if self.reader.skipped and not skipped:
             log.warning("%s: skipped what is not a message on its pipe, and will from now on", self._who())
 
@@ -1191,8 +1231,8 @@ class RankMonitor:
         elif self._half_time_is_due(clock) and now >= half_time(clock):
             self.half_time, self.half_time_warnings = clock, self.half_time_warnings - 1
             what = f"{clock.waiting_for} for {now - clock.since:.1f} s{self._at_step()}, limit {clock.limit:g} s"
-            log.warning("%s: %s; took its stacks", self._who(), what)
-            self._ask_for_stacks(what)
+            asked = self._ask_for_stacks(what) is not None
+            log.warning("%s: %s%s", self._who(), what, "; took its stacks" if asked else "")
 
     # -- ending the rank
 
@@ -1268,7 +1308,10 @@ class RankMonitor:
         path, deadline = evidence_path("stacks.txt"), time.monotonic() + STACKS_SECONDS
         while time.monotonic() < deadline and path is not None:
             time.sleep(0.01)  # the stacks are written in one go, much quicker than this
-            before, size = size, path.stat().st_size
+            try:
+                before, size = size, path.stat().st_size
+            except OSError:  # it was removed, or its file system fails
+                return
             if size == before and self.report["stacks"]:
                 return
             self.report["stacks"] = self.report["stacks"] or size > before
@@ -1306,7 +1349,7 @@ class RankMonitor:
 
     def _write_report(self) -> None:
         clocks = self.clocks
-        self.report_written = time.monotonic()
+        self.report_written, self.report_is_old = time.monotonic(), False
         self.report.update(step=clocks.step, saved=clocks.saved, request=clocks.request, sections=list(clocks.sections))
         self.report.update(error=clocks.error, timeouts=clocks.config.timeouts())
         if self.report_path is not None and not self._write(self.report_path, self.report):
@@ -1314,6 +1357,7 @@ class RankMonitor:
 
     def _write(self, path: Path, values: Mapping[str, Any]) -> bool:
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)  # without a launcher, nobody has made it
             write_json(path, values)
         except (OSError, ValueError) as error:  # ValueError: the rank gave a name that no file can have
             log.warning("%s: cannot write %r: %s", self._who(), str(path), error)
@@ -1340,7 +1384,7 @@ def configure_logging(name: str, level: str, prefix: str) -> None:
 def end_like(status: int) -> NoReturn:
     """End this process as the rank ended: with its exit code, or by its signal, without a core dump of our own."""
     if status < 0:
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        process_control(PR_SET_DUMPABLE, 0)
         if -status not in (signal.SIGKILL, signal.SIGSTOP):
             signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
@@ -1363,6 +1407,8 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, FaultToler
     args.command = args.command[1:] if args.command[:1] == ["--"] else args.command
     if not args.command:
         parser.error("no command: give the rank's command line after --")
+    if not 0 <= args.shutdown_timeout < math.inf:
+        parser.error(f"--shutdown-timeout: got {args.shutdown_timeout}, expected a number of at least 0")
     try:
         return args, FaultToleranceConfig.from_args(args)
     except ConfigError as error:
@@ -1373,12 +1419,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     args, config = parse_arguments(sys.argv[1:] if argv is None else argv)
     configure_logging("ft_monitor", config.log_level, f"ft_monitor attempt {os.environ.get('FT_ATTEMPT') or 0}")
     monitor = RankMonitor(args.command, config, args.shutdown_timeout, args.parent_pid, evidence_path("json"))
-    try:
-        status = monitor.run()
-    except (FileNotFoundError, PermissionError) as error:
-        log.error("cannot start %r: %s", args.command[0], error.strerror)
-        status = 127 if isinstance(error, FileNotFoundError) else 126  # as a shell
-    end_like(status)
+    end_like(monitor.run())
 
 
 if __name__ == "__main__":

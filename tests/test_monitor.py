@@ -1570,7 +1570,7 @@ def test_the_table_of_clocks_names_every_timeout_of_the_configuration() -> None:
 
 def test_the_table_of_the_environment_names_every_variable_that_the_code_reads() -> None:
     read = re.findall(r"""environ(?:\.get\(|\[)"(FT_\w+)\"""", Path(ft_monitor.__file__).read_text())
-    assert table("Environment").keys() - {"variable"} == set(read)
+    assert table("Environment").keys() - {"variable", "RANK"} == set(read)
 
 
 def test_the_table_of_endings_names_the_signals_and_the_times_of_the_code() -> None:

@@ -301,15 +301,15 @@ def test_a_lightning_training_goes_on_from_job_to_job(slurm: Slurm, directory: P
     text = text.partition("```")[0]
     assert "srun" in text and "autoresume.sh" in text
     for old, new in {
-        "--nodes=4": "--nodes=2", "--time=04:00:00": "--time=5", "--gpus-per-node=8": "--cpus-per-task=2",
+        "--nodes=4": "--nodes=2", "--time=04:00:00": "--time=60", "--gpus-per-node=8": "--cpus-per-task=2",
         "--nproc-per-node=8": "--nproc-per-node=1", "./autoresume.sh": f"'{ROOT}/autoresume.sh'",
         "ft_launcher.py": f"'{ROOT}/ft_launcher.py' --ft-run-dir=runs",
-        "train.py": f"'{ROOT}/examples/train.py' --epochs 2 --steps-per-epoch 200 --fault rank_killed --fault-delay 2",
+        "train.py": f"'{ROOT}/examples/train.py' --epochs 3 --steps-per-epoch 40 --fault rank_killed --fault-delay 2",
     }.items():  # fmt: skip
         assert old in text, old
         text = text.replace(old, new)
     # Two slurmd on one host: the nodes' names do not resolve.
-    text = text.replace("srun python", 'srun "$PYTHON"').replace("export ", "MASTER=localhost\nexport ", 1)
+    text = text.replace(" python ", ' "$PYTHON" ').replace("export ", "MASTER=localhost\nexport ", 1)
     script.write_text(text)
     job = slurm.submit(directory, "-o", "out-%j.txt", str(script))
     progress = directory / "ft_finished.flag.progress"
@@ -323,5 +323,5 @@ def test_a_lightning_training_goes_on_from_job_to_job(slurm: Slurm, directory: P
     runs = [json.loads(line) for line in (directory / "ft_finished.flag.runs").read_text().splitlines()]
     assert len({run["job"] for run in runs}) == 2, text
     stopped_at = next(run["step"] for run in runs if run["event"] == "end")
-    assert 200 <= int(stopped_at) < 400
-    assert json.loads((directory / "ft_finished.flag").read_text())["step"] == 400
+    assert 40 <= int(stopped_at) < 120
+    assert json.loads((directory / "ft_finished.flag").read_text())["step"] == 120
