@@ -307,6 +307,7 @@ main() {
     SECONDS=0
     run_once
     say "run $run ended with exit code $status after $SECONDS s"
+    [[ ! -e $flag ]] || end_if_done
     if [[ $(progress) != "$before" ]]; then
       failures=0
       say "a checkpoint of step $(step) was saved"
