@@ -162,9 +162,11 @@ def find_suspect(reports: Sequence[Report], places: Mapping[int, Place]) -> tupl
     if own:
         return min(own, key=failure_time), True
     others = [report for report in reports if report not in failed]
-    if failed and not others:
-        return min(failed, key=failure_time), False
-    return fell_behind(others, places) if others else None
+    if not failed:
+        return fell_behind(others, places) if others else None
+    # Those who wait for others are not the ones that were waited for.
+    idle = [report for report in others if report["rank"] not in places or not places[report["rank"]].waits]
+    return (fell_behind(idle, places)[0] if idle else min(failed, key=failure_time)), False
 
 
 def fell_behind(reports: Sequence[Report], places: Mapping[int, Place]) -> tuple[Report, bool]:
@@ -197,9 +199,16 @@ def describe_failure(report: Report) -> str:
     if status > 0:
         return f"{who} ended with exit code {status}"
     if -status != signal.SIGKILL:
-        return f"{who} ended by {signal.Signals(-status).name}"
+        return f"{who} ended by {signal_name(-status)}"
     memory = f": out of memory, the kernel counts {report['oom_kills']} such kills here meanwhile"
     return f"{who} ended by SIGKILL, which nobody here sent{memory if report['oom_kills'] else ' (out of memory?)'}"
+
+
+def signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"  # a real-time signal
 
 
 def describe_places(suspect: int, places: Mapping[int, Place]) -> str:
@@ -231,7 +240,7 @@ def ranks_text(ranks: Iterable[int]) -> str:
 
 def duration(seconds: float) -> str:
     """8.1 s; 14 m 31 s; 3 h 02 m."""
-    if seconds < 60:
+    if round(seconds, 1) < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -247,6 +256,10 @@ def incident(
     """
     well = stopped is not None or all(report["status"] == 0 for report in reports)
     suspect, certain = (None if well else find_suspect(reports, places)) or (None, True)
+    verdict = stopped if suspect is None else describe_failure(suspect)
+    if suspect is not None and not failed_by_itself(suspect):  # what another rank noticed of it belongs to it
+        noticed = [describe_failure(report) for report in reports if failed_by_itself(report)]
+        verdict = "; ".join([describe_failure(suspect), *noticed[:1]])
     heartbeats = [report["heartbeat"] for report in reports if report["heartbeat"]]
     return {
         "attempt": attempt,
@@ -264,7 +277,7 @@ def incident(
         "suspect": None if suspect is None else suspect["rank"],
         "error": None if suspect is None else suspect["error"],
         "certain": certain,
-        "verdict": stopped if suspect is None else describe_failure(suspect),
+        "verdict": verdict,
         "ranks_at": "" if suspect is None else describe_places(suspect["rank"], places),
     }
 
@@ -304,13 +317,11 @@ def time_spent(incidents: Sequence[Mapping[str, Any]]) -> TimeSpent:
         restart += following["start"] - this["end"] if following else 0.0
         if first is None or last is None:
             continue
-        steps = (this["last_step"] or 0) - (this["first_step"] or 0)
-        kept = (
-            steps
-            if following is None
-            else (following["first_step"] or this["saved_step"] or 0) - (this["first_step"] or 0)
-        )
-        kept = min(max(kept, 0), steps)
+        begin, end = this["first_step"] or 0, this["last_step"] or 0
+        steps = kept = end - begin
+        if following is not None:
+            resumed = following["first_step"] if following["first_step"] is not None else this["saved_step"]
+            kept = min(max((resumed or 0) - begin, 0), steps)
         share = kept / steps if steps else float(this["suspect"] is None)
         counted += (last - first) * share
         lost += (last - first) * (1 - share)
@@ -333,7 +344,7 @@ def render_report(incidents: Sequence[Mapping[str, Any]], width: int = 100) -> s
         saved = "-" if row["saved_step"] is None else row["saved_step"]
         ran = duration(row["end"] - row["start"])
         text = f"{row['attempt']:>7}  {started:<8}  {ran:>10}  {steps:>15}  {saved:>7}  {why}"
-        lines.append(text if len(text) <= width else f"{text[: width - 3]}...")
+        lines.append(text)
     spent = time_spent(incidents)
     share = 100 * spent.counted / spent.total if spent.total else 0.0
     lines.append(f"goodput {share:.1f} %: {duration(spent.counted)} of {duration(spent.total)} in steps that counted")
@@ -341,7 +352,7 @@ def render_report(incidents: Sequence[Mapping[str, Any]], width: int = 100) -> s
         f"lost: {duration(spent.setup)} set-up, {duration(spent.lost)} in {spent.repeated} steps done twice, "
         f"{duration(spent.detection)} detection, {duration(spent.restart)} restart"
     )
-    return "\n".join(lines)
+    return "\n".join(line if len(line) <= width else f"{line[: width - 3]}..." for line in lines)
 
 
 def render_status(reports: Sequence[Report], now: float) -> str:
@@ -354,7 +365,8 @@ def render_status(reports: Sequence[Report], now: float) -> str:
         age = "-" if report["ended"] else f"{now - since:.1f} s"
         limit = f"{timeouts[clock]:g} s" if clock in timeouts else "none"
         step = "-" if report["step"] is None else report["step"]
-        row = f"{report['rank']:>4}  {report['pid']:>8}  {report['attempt']:>7}  {step:>10}  {age:>9}  {limit:>8}"
+        pid, attempt = (report[name] if report[name] is not None else "-" for name in ("pid", "attempt"))
+        row = f"{report['rank']:>4}  {pid:>8}  {attempt:>7}  {step:>10}  {age:>9}  {limit:>8}"
         lines.append(f"{row}  {phase(report)}")
     return "\n".join(lines)
 
@@ -585,7 +597,7 @@ class FaultToleranceAgent(LocalElasticAgent):
                 continue
         return False
 
-    def _note_incident(self, stopped: str | None = None) -> dict[str, Any] | None:
+    def _note_incident(self, stopped: str | None = None, failed: bool = False) -> dict[str, Any] | None:
         """Write down how an attempt ended, once, and return it."""
         if self._noted == self._attempt:
             return None
@@ -596,6 +608,8 @@ class FaultToleranceAgent(LocalElasticAgent):
         }
         known = {rank: place for rank, place in places.items() if place is not None}
         entry = incident(self._attempt, self._started, reports, known, stopped)
+        if failed and entry["verdict"] is None:
+            entry["verdict"] = "its workers failed, and there is no report of how"
         try:
             with open(self._run_dir / "incidents.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
@@ -605,7 +619,7 @@ class FaultToleranceAgent(LocalElasticAgent):
 
     def _decide(self) -> None:
         """After a failure: the roll call, and whether to restart."""
-        entry = self._note_incident()
+        entry = self._note_incident(failed=True)
         if entry is None:
             return
         requests = [report["request"] for report in read_reports(self._attempt_dir) if report["request"]]
@@ -626,10 +640,10 @@ class FaultToleranceAgent(LocalElasticAgent):
     def _explain(self, entry: Mapping[str, Any], what_next: str) -> None:
         """Who, where, and what happens next."""
         step = "" if entry["last_step"] is None else f" at step {entry['last_step']}"
-        verdict = entry["verdict"] or "its workers failed"
         guess = "" if entry["certain"] else "suspect: "
+        ran = duration(entry["end"] - entry["start"])
         lines = [
-            f"attempt {self._attempt} ended after {duration(entry['end'] - entry['start'])}{step}: {guess}{verdict}",
+            f"attempt {self._attempt} ended after {ran}{step}: {guess}{entry['verdict']}",
             entry["ranks_at"] and f"  {entry['ranks_at']}",
             f"  evidence: {self._attempt_dir}; {what_next}",
         ]
