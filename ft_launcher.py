@@ -128,20 +128,28 @@ def read_reports(directory: Path) -> list[Report]:
 
 
 def read_place(path: Path) -> Place | None:
-    """The place of the main thread in the last stacks that faulthandler has written to a file."""
+    """The place of the main thread in the last stacks of a file that show a line of the user's, or else in the last."""
     try:
         text = path.read_text(errors="replace")
     except OSError:
         return None
-    for dump in reversed(text.split(f"\n{ft_monitor.STACKS_HEADER} ")):
-        threads = re.split(r"^(?:Current thread|Thread) 0x", dump, flags=re.MULTILINE)
-        frames = re.findall(r'File "(.+)", line (\d+) in (.+)', threads[-1])  # the main thread is the oldest, and last
-        if frames:
-            file, line, function = next((f for f in frames if not ft_monitor.is_library(f[0])), frames[-1])
-            leaf_file, _, leaf = frames[0]
-            waits = "/torch/distributed/" in leaf_file or leaf == "_engine_run_backward"
-            return Place(file, int(line), function, leaf, waits)
-    return None
+    dumps = [main_thread_frames(dump) for dump in text.split(f"\n{ft_monitor.STACKS_HEADER} ")]
+    dumps = [frames for frames in dumps if frames]
+    # A rank that is about to end, since its peer did, shows nothing but libraries.
+    users = [frames for frames in dumps if not all(ft_monitor.is_library(file) for file, _, _ in frames)]
+    if not dumps:
+        return None
+    frames = (users or dumps)[-1]
+    file, line, function = next((frame for frame in frames if not ft_monitor.is_library(frame[0])), frames[-1])
+    leaf_file, _, leaf = frames[0]
+    waits = "/torch/distributed/" in leaf_file or leaf == "_engine_run_backward"
+    return Place(file, int(line), function, leaf, waits)
+
+
+def main_thread_frames(dump: str) -> list[tuple[str, str, str]]:
+    """(file, line, function) of the main thread, innermost first. It is the oldest, which faulthandler puts last."""
+    threads = re.split(r"^(?:Current thread|Thread) 0x", dump, flags=re.MULTILINE)
+    return re.findall(r'File "(.+)", line (\d+) in (.+)', threads[-1])
 
 
 def failed_by_itself(report: Report) -> bool:
@@ -154,11 +162,16 @@ def failure_time(report: Report) -> float:
     return float(report["error_time"] or report["ended"] or 0.0)
 
 
+def without_place(error: str | None) -> str:
+    """What an error says, without the file and function that it came from: their names say nothing of its kind."""
+    return re.sub(r" \([^()]*:\d+ in [^()]*\)$", "", error or "")
+
+
 def find_suspect(reports: Sequence[Report], places: Mapping[int, Place]) -> tuple[Report, bool] | None:
     """The rank that failed first or fell behind first, and whether that is certain; not merely the first one ended."""
     failed = [report for report in reports if failed_by_itself(report)]
     # What a rank raises when it waits for one that is gone, or does not come, tells nothing of that one.
-    own = [report for report in failed if not COMMUNICATION_ERROR.search(report["error"] or "")]
+    own = [report for report in failed if not COMMUNICATION_ERROR.search(without_place(report["error"]))]
     if own:
         return min(own, key=failure_time), True
     others = [report for report in reports if report not in failed]
@@ -287,11 +300,16 @@ def incident(
 
 def read_incidents(run_dir: Path) -> list[dict[str, Any]]:
     incidents = []
-    for line in (run_dir / "incidents.jsonl").read_text(encoding="utf-8").splitlines():
+    path = run_dir / "incidents.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
         try:
             incidents.append(dict(json.loads(line)))
         except ValueError:
-            log.warning("skipped a line of %s that is not JSON", run_dir / "incidents.jsonl")
+            log.warning("skipped a line of %s that is not JSON", path)
     return incidents
 
 
@@ -404,7 +422,10 @@ def show(argv: Sequence[str]) -> int:
     try:
         run_dir = find_run_dir(args.ft_status or args.ft_report)
         if args.ft_report is not None:
-            print(f"{run_dir}\n{render_report(read_incidents(run_dir))}")
+            incidents = read_incidents(run_dir)
+            if not incidents:
+                parser.error(f"no attempt of {str(run_dir)!r} has ended yet: see --ft-status")
+            print(f"{run_dir}\n{render_report(incidents)}")
             return 0
         while True:
             text = render_status(read_reports(run_dir / "latest"), time.time())
@@ -415,8 +436,6 @@ def show(argv: Sequence[str]) -> int:
             if not args.watch:
                 return 0
             time.sleep(1.0)
-    except FileNotFoundError:
-        parser.error(f"no attempt of {str(run_dir)!r} has ended yet: see --ft-status")
     except ConfigError as error:
         parser.error(str(error))
     except KeyboardInterrupt:
@@ -446,7 +465,7 @@ class RestartPolicy:
         new_step = is_newer(entry["last_step"], self.step)
         # Loops that do not report their checkpoints still show that they resumed, by getting further.
         progress = new_checkpoint or (self.saved is None and self.step is not None and new_step)
-        error = entry["error"] if not INFRASTRUCTURE_ERROR.search(entry["error"] or "") else None
+        error = entry["error"] if not INFRASTRUCTURE_ERROR.search(without_place(entry["error"])) else None
         same_error = error is not None and error == self.error
         self.connected |= entry["connected"]
         self.saved = entry["saved_step"] if new_checkpoint else self.saved
@@ -500,8 +519,7 @@ class FaultToleranceAgent(LocalElasticAgent):
         command = rank_command(spec.entrypoint, spec.args)
         # -I -S: quick to start, and nothing of the user's is imported instead of a standard module of the same name.
         monitor = ["-I", "-S", ft_monitor.__file__, f"--parent-pid={os.getpid()}"]
-        for number in set(ft_monitor.PASSED_ON_SIGNALS) - signals_to_handle():
-            signal.signal(number, self._pass_on)
+        self._passed_on = set(ft_monitor.PASSED_ON_SIGNALS) - signals_to_handle()
         spec.entrypoint = sys.executable
         spec.args = (*monitor, f"--shutdown-timeout={self._shutdown_timeout}", "--", *command)
 
@@ -534,7 +552,11 @@ class FaultToleranceAgent(LocalElasticAgent):
         self._attempt_dir.mkdir(parents=True, exist_ok=True)
         point_link(self._run_dir / "latest", self._attempt_dir.name)
         os.environ["FT_ATTEMPT"] = str(self._attempt)
+        for number in self._passed_on:
+            signal.signal(number, signal.SIG_IGN)  # and so by the monitors, until they have handlers
         ids = super()._start_workers(worker_group)
+        for number in self._passed_on:
+            signal.signal(number, self._pass_on)
         assert self._pcontext is not None
         # torch calls close() without a signal when a worker has failed: it would ask the survivors to end and wait
         # 30 s for them, but they can only wait for a rank that is gone.
@@ -566,7 +588,7 @@ class FaultToleranceAgent(LocalElasticAgent):
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30, **kwargs: Any) -> None:
         """Called at the end alone: stop the workers if they still run, and give them their grace."""
         # From here every wait is bounded, and a second signal would only leave workers behind.
-        for number in ft_monitor.STOP_SIGNALS:
+        for number in (*ft_monitor.STOP_SIGNALS, *ft_monitor.PASSED_ON_SIGNALS):
             signal.signal(number, signal.SIG_IGN)
         stopped = None
         if self._pcontext is not None and self._worker_group.state == WorkerState.HEALTHY:
@@ -658,15 +680,18 @@ def signals_to_handle() -> set[int]:
 
 def check_node(command: str) -> str | None:
     """Run a health check of this node; return what is wrong, in one line, or None."""
+    check = subprocess.Popen(
+        command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )  # fmt: skip
     try:
-        done = subprocess.run(
-            command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            timeout=HEALTH_CHECK_SECONDS, start_new_session=True,
-        )  # fmt: skip
+        output, _ = check.communicate(timeout=HEALTH_CHECK_SECONDS)
     except subprocess.TimeoutExpired:
+        ft_monitor.kill_session(check.pid)  # the shell, and what it has started
+        check.communicate()
         return f"{command!r} did not end within {HEALTH_CHECK_SECONDS:g} s"
-    output = " ".join(done.stdout.decode(errors="replace").split())[:300]
-    return f"{command!r} ended with {done.returncode}: {output or 'no output'}" if done.returncode else None
+    text = " ".join(output.decode(errors="replace").split())[:300]
+    return f"{command!r} ended with {check.returncode}: {text or 'no output'}" if check.returncode else None
 
 
 def point_link(link: Path, target: str) -> None:

@@ -1103,6 +1103,8 @@ class RankMonitor:
 
         def die_with_the_monitor() -> None:
             request_death_signal(signal.SIGKILL)
+            for number in PASSED_ON_SIGNALS:  # schedulers send them to every process: they end none that does not know
+                signal.signal(number, signal.SIG_IGN)
             if os.getppid() != monitor_pid:  # it died before the request
                 os._exit(1)
 
@@ -1324,6 +1326,8 @@ class RankMonitor:
             self._write_report()
 
     def _finish(self) -> int:
+        for number in (*STOP_SIGNALS, *PASSED_ON_SIGNALS, PEER_FAILED):
+            signal.signal(number, signal.SIG_IGN)  # from here on, the exit status is the rank's
         left = kill_session(self.rank.pid)
         status = self.rank.wait()
         self._hear(time.monotonic())  # its last words

@@ -74,6 +74,8 @@ client = RankMonitorClient()
 client.init_workload_monitoring()
 dist.init_process_group("gloo")
 train(client, int(os.environ["FT_ATTEMPT"]))
+dist.barrier()
+dist.destroy_process_group()
 """
 
 
@@ -453,12 +455,14 @@ def test_the_report_has_a_row_for_each_attempt_and_the_goodput_in_at_most_100_co
     assert goodput == "goodput 76.3 %: 3 m 00 s of 3 m 56 s in steps that counted"
     assert lost == "lost: 21.0 s set-up, 20.0 s in 20 steps done twice, 10.0 s detection, 5.0 s restart"
     assert ft_launcher.render_report([]).splitlines()[1] == "goodput 0.0 %: 0.0 s of 0.0 s in steps that counted"
-    # A month, with as many steps as anybody does.
+
+
+def test_the_report_of_a_month_with_as_many_steps_as_anybody_does_has_at_most_100_columns_too() -> None:
     month = [
-        row(0, 0, 3599, 2.59e6, 2.5935e6, first_step=10_000_000, last_step=99_999_999, saved_step=50_000_000),
-        row(1, 2.597e6, 2.6e6, 5e6, 5.1e6, first_step=10_000_000, last_step=99_999_999, **WELL),
+        row(0, 0, 45_000, 2.59e6, 2.65e6, first_step=10_000_000, last_step=99_999_999, saved_step=50_000_000),
+        row(1, 2.7e6, 2.75e6, 5e6, 5.1e6, first_step=10_000_000, last_step=99_999_999, **WELL),
     ]
-    assert all(len(line) <= 100 for line in ft_launcher.render_report(month).splitlines())
+    assert [line for line in ft_launcher.render_report(month).splitlines() if len(line) > 100] == []
 
 
 # ----------------------------------------------------------------------------------------- --ft-status, --ft-report

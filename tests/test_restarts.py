@@ -1,0 +1,550 @@
+"""Restarts: quick, none where they lead nowhere, and also when a node is lost. Nothing is left running."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_launcher
+from conftest import Started, processes_with, wait_until
+from test_launcher import Launch, endings, gone_within, our_lines, read_reports, wait_for_ranks
+
+import ft_launcher
+from benchmarks import stress_restarts
+from ft_launcher import RestartPolicy
+
+launch = test_launcher.launch
+
+
+@pytest.fixture
+def job(launch: Launch, tmp_path: Path) -> Iterator[Launch]:
+    """Launch as `launch` does, and see to it that nothing lingers."""
+    temporary, flag = tmp_path / "tmp", tmp_path / "finished"
+    temporary.mkdir()
+
+    def run(options: list[str], body: str, **settings: Any) -> Started:
+        return launch(options, body, TMPDIR=str(temporary), FAULT_TOL_FINISHED_FLAG_FILE=str(flag), **settings)
+
+    yield run
+    gone_within(3, tmp_path)
+    assert not list(temporary.glob("torchelastic_*"))
+
+
+def reason_given(tmp_path: Path) -> str:
+    """Why the launcher gave up, from the file beside the finished flag."""
+    return str(json.loads((tmp_path / "finished.gave_up").read_text())["reason"])
+
+
+# ----------------------------------------------------------------------------------------------------- policy
+
+
+def ended(step: int | None = None, saved: int | None = None, error: str | None = None, connected: bool = True) -> Any:
+    return {"last_step": step, "saved_step": saved, "error": error, "connected": connected}
+
+
+def decisions(limit: int, *entries: Mapping[str, Any]) -> list[str | None]:
+    """The first word or two of why there is no restart after each attempt."""
+    policy = RestartPolicy(limit)
+    reasons = [policy.why_not(entry, []) for entry in entries]
+    return [reason and reason.partition(",")[0] for reason in reasons]
+
+
+STOP, BUG = "no progress", "a bug in the code"
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 5])
+@pytest.mark.parametrize("entry", [ended(), ended(step=7), ended(error="ConnectionError: x", step=7)])
+def test_a_crash_loop_ends_after_exactly_as_many_attempts_as_the_limit_says(limit: int, entry: Any) -> None:
+    assert decisions(limit, *[entry] * limit) == [None] * (limit - 1) + [STOP]
+
+
+def test_a_new_checkpoint_refills_the_attempts_and_one_that_is_not_new_does_not() -> None:
+    saved = [ended(saved=step) for step in (10, 10, 20, 20, 15, None)]
+    assert decisions(3, *saved) == [None] * 5 + [STOP]
+
+
+def test_where_checkpoints_are_reported_steps_that_grow_are_no_progress() -> None:
+    grows = [ended(step=step, saved=10) for step in (11, 12, 13)]
+    assert decisions(2, *grows) == [None, None, STOP]
+
+
+def test_where_none_is_ever_reported_steps_that_grow_are_progress() -> None:
+    grows = [ended(step=step) for step in (1, 2, 3, 4, 4, 4)]
+    assert decisions(2, *grows) == [None] * 5 + [STOP]
+
+
+def test_a_first_step_of_0_and_a_checkpoint_of_step_0_count() -> None:
+    assert decisions(2, ended(step=0, saved=0), ended(step=0), ended(step=0)) == [None, None, STOP]
+
+
+def test_the_same_error_at_the_same_line_with_no_new_step_is_a_bug() -> None:
+    error = "ValueError: x (train.py:7 in step)"
+    other = "ValueError: x (train.py:8 in step)"
+    same, elsewhere, further = ended(5, error=error), ended(5, error=other), ended(6, error=error)
+    assert decisions(9, same, same) == [None, BUG]
+    assert decisions(9, same, elsewhere, same) == [None] * 3
+    assert decisions(9, same, ended(5), same) == [None] * 3, "not in a row"
+    assert decisions(9, same, further, further) == [None, None, BUG]
+    assert decisions(0, ended(error=error), ended(error=error)) == [None, BUG], "also where there is no limit"
+    assert decisions(0, ended(error=error, connected=False), ended(error=error, connected=False)) == [None, BUG]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        "RuntimeError: [../gloo/transport/tcp/pair.cc:538] Connection closed by peer",
+        "DistBackendError: NCCL error in: ProcessGroupNCCL.cpp:2027, remote process exited",
+        "DistNetworkError: The client socket has timed out after 300000ms",
+        "AcceleratorError: CUDA error: uncorrectable ECC error encountered",
+        "RuntimeError: CUDA error: an illegal memory access was encountered",
+        "OSError: [Errno 5] Input/output error: '/data/shard7'",
+        "OSError: [Errno 116] Stale file handle",
+        "OSError: [Errno 28] No space left on device",
+        "OSError: [Errno 122] Disk quota exceeded",
+        "BrokenPipeError: [Errno 32] Broken pipe",
+    ],
+)
+def test_what_another_node_or_the_infrastructure_may_cause_is_not_a_bug(error: str) -> None:
+    assert decisions(3, *[ended(5, error=f"{error} (train.py:7 in step)")] * 3) == [None, None, STOP]
+
+
+@pytest.mark.parametrize("place", ["connection.py:7 in decode", "train.py:9 in set_timeout", "peers.py:1 in <module>"])
+def test_the_name_of_a_file_or_a_function_does_not_make_an_error_one_of_the_infrastructure(place: str) -> None:
+    assert decisions(9, *[ended(5, error=f"ValueError: x ({place})")] * 2) == [None, BUG]
+
+
+def test_attempts_of_ranks_that_never_connect_do_not_count_and_those_after_a_connection_do() -> None:
+    never = ended(connected=False)
+    assert decisions(2, *[never] * 9) == [None] * 9
+    assert decisions(2, never, ended(), never) == [None, None, STOP]
+
+
+def test_0_is_no_limit() -> None:
+    assert decisions(0, *[ended(step=5)] * 50) == [None] * 50
+
+
+def test_a_request_to_shut_down_outweighs_progress_and_one_to_leave_does_not() -> None:
+    shutdown = {"action": "ShutdownWorkload", "reason": "nan loss"}
+    leave = {"action": "ExcludeThisNode", "reason": "bad GPU"}
+    policy = RestartPolicy(3)
+    assert policy.why_not(ended(saved=10), [leave]) is None
+    assert policy.why_not(ended(saved=20), [leave, shutdown]) == "a rank asked for it: nan loss"
+    error = ended(5, error="ValueError: x")
+    assert policy.why_not(error, []) is None
+    assert policy.why_not(error, [shutdown]) == "a rank asked for it: nan loss", "the request is what they want said"
+
+
+# ------------------------------------------------------------------------------------------ policy, for real
+
+
+def test_a_crash_loop_ends_with_93_after_3_attempts_and_the_reason_is_in_a_file(job: Launch, tmp_path: Path) -> None:
+    body = "client.init_workload_monitoring(); client.send_heartbeat(2); sys.exit(7)"
+    crashing = job(["--nproc-per-node=2", "--max-restarts=9"], body)
+    assert crashing.wait() == 93, crashing.output
+    reason = "no progress, 3 attempts in a row saved no new checkpoint"
+    assert len(endings(crashing.output)) == 3 and endings(crashing.output)[-1].endswith(f"; not restarting: {reason}")
+    assert reason_given(tmp_path) == reason
+    assert our_lines(crashing.output)[-1] == f"[ft_launcher] gave up: {reason}"
+    attempts = {name.partition("/")[0] for name in read_reports(tmp_path / "runs")}
+    assert attempts == {"attempt_0", "attempt_1", "attempt_2"}
+
+
+def test_a_bug_ends_with_93_after_2_attempts_and_the_line_is_in_a_file(job: Launch, tmp_path: Path) -> None:
+    body = "client.init_workload_monitoring(); client.send_heartbeat(2)\nif RANK == 1: raise ValueError('a bug')\n"
+    buggy = job(["--nproc-per-node=2", "--max-restarts=9"], body + "beat_for_ever()")
+    assert buggy.wait() == 93, buggy.output
+    assert len(endings(buggy.output)) == 2
+    what = r"a bug in the code, .* the same error: ValueError: a bug \(rank\.py:\d+ in <module>\)"
+    assert re.fullmatch(what, reason_given(tmp_path))
+
+
+def test_a_job_that_gets_further_each_time_uses_all_of_its_restarts_and_ends_with_1(
+    job: Launch, tmp_path: Path
+) -> None:
+    body = "client.init_workload_monitoring(); client.send_heartbeat(2); client.report_saved(ATTEMPT)\n"
+    unlucky = job(["--max-restarts=4"], body + "raise ValueError(f'after {ATTEMPT} steps')")
+    assert unlucky.wait() == 1, unlucky.output
+    assert len(endings(unlucky.output)) == 5 and endings(unlucky.output)[-1].endswith("; no restarts left")
+    assert not (tmp_path / "finished.gave_up").exists()
+
+
+REQUEST = """
+from ft_monitor import WorkloadAction, WorkloadControlRequest
+client.init_workload_monitoring()
+def ask(action):
+    client.send_workload_control_request(WorkloadControlRequest(action, "GPU 3 fell off the bus"))
+"""
+
+
+def test_a_rank_that_asks_for_the_shutdown_of_the_workload_gets_it_with_the_attempts_end(
+    job: Launch, tmp_path: Path
+) -> None:
+    body = REQUEST + "ask(WorkloadAction.ShutdownWorkload)\nsys.exit(7)"
+    asking = job(["--max-restarts=9"], body)
+    assert asking.wait() == 93, asking.output
+    (line,) = endings(asking.output)
+    assert line.endswith("; not restarting: a rank asked for it: GPU 3 fell off the bus")
+    assert reason_given(tmp_path) == "a rank asked for it: GPU 3 fell off the bus"
+
+
+def test_the_only_node_that_leaves_ends_the_job_with_1(job: Launch, tmp_path: Path) -> None:
+    leaving = job(["--max-restarts=9"], REQUEST + "ask(WorkloadAction.ExcludeThisNode)\nsys.exit(7)")
+    assert leaving.wait() == 1, leaving.output
+    (line,) = endings(leaving.output)
+    assert line.endswith("; this node leaves the job")
+    last = "[ft_launcher] this node leaves the job: a rank asked for it: GPU 3 fell off the bus"
+    assert our_lines(leaving.output)[-1] == last
+    assert "Traceback" not in leaving.output
+
+
+# ------------------------------------------------------------------------------------------------- health check
+
+
+def test_a_node_that_is_not_healthy_when_it_restarts_says_what_the_check_printed(job: Launch, tmp_path: Path) -> None:
+    check = f"test ! -e {tmp_path}/broken || {{ echo 'GPU 3:'; echo ' 12 retired pages' >&2; exit 4; }}"
+    body = "client.init_workload_monitoring(); (HERE / 'broken').touch(); sys.exit(7)"
+    broken = job(["--max-restarts=9", f"--ft-node-health-check={check}"], body)
+    assert broken.wait() == 1, broken.output
+    assert len(endings(broken.output)) == 1
+    *_, last = our_lines(broken.output)
+    assert last.startswith("[ft_launcher] this node leaves the job: the health check of this node failed: ")
+    assert last.endswith("ended with 4: GPU 3: 12 retired pages")
+
+
+def test_a_health_check_has_an_answer_also_when_it_is_silent_does_not_exist_or_hangs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert ft_launcher.check_node("echo fine") is None
+    assert ft_launcher.check_node("exit 3") == "'exit 3' ended with 3: no output"
+    assert "not found" in (ft_launcher.check_node("no_such_command_anywhere") or "")
+    long = ft_launcher.check_node("yes | head -c 100000; exit 1")
+    assert long is not None and len(long) < 400
+    monkeypatch.setattr(ft_launcher, "HEALTH_CHECK_SECONDS", 0.2)
+    since = time.monotonic()
+    assert ft_launcher.check_node("exec sleep 1000") == "'exec sleep 1000' did not end within 0.2 s"
+    assert time.monotonic() - since < 5
+
+
+def test_a_health_check_that_hangs_in_a_child_of_its_shell_is_ended_with_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(ft_launcher, "HEALTH_CHECK_SECONDS", 0.2)
+    monkeypatch.setenv("FT_TEST_MARK", str(tmp_path))
+    since = time.monotonic()
+    assert "did not end within" in (ft_launcher.check_node("sleep 3; true") or "")
+    assert time.monotonic() - since < 2
+    assert not processes_with(f"FT_TEST_MARK={tmp_path}")
+
+
+# ---------------------------------------------------------------------------------------------------- survivors
+
+
+def test_a_storm_of_user_signals_ends_nothing_and_reaches_the_ranks(job: Launch, tmp_path: Path) -> None:
+    body = """
+got = {signal.SIGUSR1: 0, signal.SIGUSR2: 0}
+def count(number, frame):
+    got[number] += 1
+for number in got:
+    signal.signal(number, count)
+client.init_workload_monitoring()
+ready()
+while not (HERE / "over").exists():
+    time.sleep(0.01)
+say(f"rank {RANK} got {got[signal.SIGUSR1]} and {got[signal.SIGUSR2]}")
+(HERE / "finished").touch()
+"""
+    stormy = job(["--nproc-per-node=2"], body)
+    wait_for_ranks(tmp_path, 2)
+    pids = processes_with(f"FT_TEST_MARK={tmp_path}")
+    assert len(pids) == 5  # launcher, two monitors, two ranks
+    for _ in range(20):
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            os.kill(stormy.pid, number)  # alone: those below must come on top of what it passes on
+            for pid in pids:
+                os.kill(pid, number)
+        time.sleep(0.02)
+    (tmp_path / "over").touch()
+    assert stormy.wait() == 0, stormy.output
+    counts = re.findall(r"rank (\d) got (\d+) and (\d+)", stormy.output)
+    assert sorted(rank for rank, _, _ in counts) == ["0", "1"]
+    # More than the rank was sent itself: the launcher and the monitors have passed theirs on.
+    assert all(int(count) > 20 for _, *both in counts for count in both), counts
+    assert our_lines(stormy.output)[1:] == []
+
+
+def test_user_signals_to_the_launcher_end_no_monitor_that_starts_and_not_the_launcher_at_its_end(
+    job: Launch, tmp_path: Path
+) -> None:
+    """They may end a rank that has no handler for them yet, which is then what the verdict says."""
+    body = """
+for number in (signal.SIGUSR1, signal.SIGUSR2):
+    signal.signal(number, signal.SIG_IGN)
+client.init_workload_monitoring()
+ready()
+sys.exit(7)
+"""
+    stormy = job(["--max-restarts=3"], body)
+    wait_for_ranks(tmp_path, 1)
+    while stormy.process.poll() is None:
+        os.kill(stormy.pid, signal.SIGUSR1)
+        time.sleep(0.005)
+    assert stormy.wait() == 93, stormy.output
+    assert len(endings(stormy.output)) == 3, stormy.output
+    for line in endings(stormy.output):
+        assert re.search(r"rank 0 \(pid \d+\) ended (with exit code 7|by SIGUSR1)", line), line
+
+
+@pytest.mark.xfail(strict=True, reason="no handler before the first start of workers")
+def test_a_launcher_that_waits_for_other_nodes_outlives_user_signals(job: Launch, tmp_path: Path) -> None:
+    rendezvous = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{free_port()}"]
+    waiting = job([*rendezvous, f"--ft-node-health-check=touch {tmp_path}/checked"], "")
+    wait_until((tmp_path / "checked").exists, 60, "the health check, which precedes the rendezvous")
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+        os.kill(waiting.pid, number)
+    assert waiting.wait(30) == 128 + signal.SIGTERM, waiting.output
+
+
+def test_a_survivor_may_finish_saving_a_checkpoint_and_no_longer_than_the_limit(job: Launch, tmp_path: Path) -> None:
+    body = """
+if ATTEMPT == 1:
+    sys.exit(0)
+signal.signal(signal.SIGTERM, lambda *_: say("SIGTERM"))
+client.init_workload_monitoring()
+client.send_heartbeat(2)
+if RANK != 1:
+    client.start_section("checkpointing")
+ready()
+while len(list(HERE.glob("ready?"))) < 3:
+    time.sleep(0.01)
+if RANK == 1:
+    sys.exit(7)
+for _ in range(20 if RANK == 0 else 1000):  # a second, or too long
+    time.sleep(0.05)
+(HERE / f"checkpoint{RANK}").touch()
+client.report_saved(2)
+client.end_section("checkpointing")
+time.sleep(1000)
+"""
+    saving = job(["--nproc-per-node=3", "--max-restarts=1", "--ft-workers-stop-timeout=3"], body)
+    assert saving.wait() == 0, saving.output
+    assert [path.name for path in tmp_path.glob("checkpoint*")] == ["checkpoint0"]
+    reports = read_reports(tmp_path / "runs")
+    first, failed, never = (reports[f"attempt_0/rank{rank}"] for rank in range(3))
+    assert 0.5 < first["ended"] - failed["ended"] < 2.8, "it is ended when it has saved"
+    assert 2.9 < never["ended"] - failed["ended"] < 6, "it is ended when its time is over"
+    assert first["saved"] == 2 and never["saved"] is None and "SIGTERM" not in saving.output
+    (line,) = endings(saving.output)
+    assert "rank 1 (pid" in line and "ended with exit code 7" in line
+
+
+def test_a_survivor_that_is_stuck_in_c_does_not_delay_the_restart(job: Launch, tmp_path: Path) -> None:
+    """Python runs no handler while the main thread is in C, as in a collective: SIGTERM would be waited for, 30 s."""
+    body = """
+if ATTEMPT == 1:
+    (HERE / f"again{RANK}.tmp").write_text(str(time.time()))
+    (HERE / f"again{RANK}.tmp").rename(HERE / f"again{RANK}")
+    (HERE / "finished").touch()
+    sys.exit(0)
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+client.init_workload_monitoring()
+client.send_heartbeat(2)
+ready()
+if RANK == 0:
+    mutex = ctypes.create_string_buffer(256)
+    lock = ctypes.PyDLL(None).pthread_mutex_lock
+    lock(mutex), lock(mutex)
+beat_for_ever()
+"""
+    stuck = job(["--nproc-per-node=2", "--max-restarts=1"], body)
+    wait_for_ranks(tmp_path, 2)
+    killed = time.time()
+    os.kill(int((tmp_path / "ready1").read_text()), signal.SIGKILL)
+    assert stuck.wait() == 0, stuck.output
+    took = max(float((tmp_path / f"again{rank}").read_text()) for rank in (0, 1)) - killed
+    print(f"from the kill to the new ranks' first line: {took:.2f} s")
+    assert took < 5
+    assert "ended by SIGKILL, which nobody here sent" in endings(stuck.output)[0]
+
+
+def test_ranks_that_end_well_without_the_finished_flag_are_warned_of(job: Launch, tmp_path: Path) -> None:
+    body = "client.init_workload_monitoring()\nif sys.argv[1:]: (HERE / 'finished').touch()"
+    unfinished = job([], body)
+    assert unfinished.wait() == 0
+    assert our_lines(unfinished.output)[1:] == [
+        "[ft_launcher] the workers ended well, but training is not complete: there is no " + str(tmp_path / "finished")
+    ]
+    (tmp_path / "finished").touch()
+    finished = job([], body)
+    assert finished.wait() == 0 and len(our_lines(finished.output)) == 1
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        # As a cleaner of /tmp does, in jobs of many days.
+        "import shutil; shutil.rmtree(os.environ['FT_RUN_DIR'], ignore_errors=True)",
+        pytest.param(
+            "os.mkdir(f'{os.environ[\"FT_RUN_DIR\"]}/incidents.jsonl')",  # it cannot be written, as on a full disk
+        ),
+    ],
+    ids=["deleted", "not writable"],
+)
+def test_evidence_that_is_lost_while_the_job_runs_costs_the_evidence_alone(job: Launch, spoil: str) -> None:
+    body = f"""
+client.init_workload_monitoring()
+if ATTEMPT == 0:
+    {spoil}
+    sys.exit(7)
+(HERE / "finished").touch()
+"""
+    spoiled = job(["--max-restarts=1"], body)
+    assert spoiled.wait() == 0, spoiled.output
+    assert "Traceback" not in spoiled.output, spoiled.output
+
+
+# ---------------------------------------------------------------------------------------------------- two nodes
+
+
+NODE_FAULTS = (
+    "two nodes, rank on node 1 killed",
+    "two nodes, rank on node 1 frozen",
+    "two nodes, ranks on both killed",
+)
+
+
+def test_two_nodes_come_back_from_every_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cases run at the same time: most of each is waiting and the imports of torch."""
+    for name in [name for name in os.environ if name.startswith(("FT_", "PET_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("FT_TEST_MARK", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+
+    def run(case: str) -> tuple[int, list[int], float]:
+        nodes, number, victims = stress_restarts.CASES[case]
+        return stress_restarts.run_case(nodes, number, victims, restarts=2, limit=120)
+
+    with ThreadPoolExecutor() as pool:
+        results = dict(zip(NODE_FAULTS, pool.map(run, NODE_FAULTS), strict=True))
+    print(results)
+    assert {case: result[:2] for case, result in results.items()} == dict.fromkeys(NODE_FAULTS, (2, [0, 0]))
+    gone_within(3, tmp_path)
+    assert not list(tmp_path.glob("torchelastic_*"))
+
+
+# Ranks of two nodes that wait for each other as in a collective: without the peer there are no heartbeats, and the
+# clock runs out. `alone` tells what to do when this node is the only one that is left.
+TOGETHER = """
+NODE, WORLD = os.environ["NODE"], int(os.environ["WORLD_SIZE"])
+client.init_workload_monitoring()
+if WORLD == 1 and list(HERE.glob("together_*")):
+    (HERE / "finished").touch()
+    say(f"node {NODE} goes on alone at {time.time():.2f}")
+    sys.exit(0)
+beats = HERE / f"beats_{NODE}"
+step = 0
+while True:
+    step += 1
+    beats.write_text(str(os.getpid()))
+    others = [path for path in HERE.glob("beats_?") if path != beats]
+    if WORLD == 1 or any(time.time() - path.stat().st_mtime < 0.7 for path in others):
+        client.send_heartbeat(step)
+        client.report_saved(ATTEMPT)
+    if WORLD == 2 and others and step > 20:
+        (HERE / f"together_{NODE}").touch()
+    DO
+    time.sleep(0.05)
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.fixture
+def two_nodes(job: Launch, tmp_path: Path) -> Callable[..., tuple[Started, Started]]:
+    """Two launchers on this host; node a, which hosts the store, starts first."""
+
+    def run(do: str = "pass") -> tuple[Started, Started]:
+        port = free_port()
+        options = [
+            "--nnodes=1:2", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=test",
+            "--rdzv-conf=last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3,read_timeout=10",
+            "--max-restarts=9", "--ft-rank-heartbeat-timeout=2", "--monitor-interval=0.1",
+        ]  # fmt: skip
+        body = TOGETHER.replace("DO", do)
+        first = job(options, body, NODE="a")
+        wait_until(lambda: answers(port), 30, "the store")
+        second = job(options, body, NODE="b")
+        return first, second
+
+    return run
+
+
+def wait_until_together(tmp_path: Path) -> None:
+    wait_until(lambda: len(list(tmp_path.glob("together_*"))) == 2, 60, "both nodes in one world")
+
+
+def kill_node(name: str, tmp_path: Path) -> None:
+    """As a power cut: the launcher, its monitors and ranks, all at once."""
+    ours = set(processes_with(f"FT_TEST_MARK={tmp_path}"))
+    for pid in ours & set(processes_with(f"NODE={name}\0")):
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_a_node_that_is_lost_is_gone_without(two_nodes: Callable[..., tuple[Started, Started]], tmp_path: Path) -> None:
+    survivor, lost = two_nodes()
+    wait_until_together(tmp_path)
+    killed = time.time()
+    kill_node("b", tmp_path)
+    assert survivor.wait(60) == 0, survivor.output
+    assert lost.wait(5) == -signal.SIGKILL
+    (at,) = re.findall(r"node a goes on alone at ([\d.]+)", survivor.output)
+    print(f"from the loss of a node to the survivor's new start: {float(at) - killed:.1f} s")
+    assert "hung: no heartbeat" in endings(survivor.output)[-1]
+
+
+def test_the_loss_of_the_node_with_the_store_ends_the_other_one_with_a_clear_line(
+    two_nodes: Callable[..., tuple[Started, Started]], tmp_path: Path
+) -> None:
+    lost, survivor = two_nodes()
+    wait_until_together(tmp_path)
+    killed = time.monotonic()
+    kill_node("a", tmp_path)
+    assert survivor.wait(60) == 1, survivor.output
+    print(f"from the loss of the store to the other launcher's end: {time.monotonic() - killed:.1f} s")
+    assert lost.wait(5) == -signal.SIGKILL
+    assert "[ft_launcher] the nodes of this job lost each other, or another one gave up: " in survivor.output
+    assert "Traceback" not in survivor.output
+
+
+def test_a_node_that_a_rank_excludes_ends_with_0_and_the_other_goes_on(
+    two_nodes: Callable[..., tuple[Started, Started]], tmp_path: Path
+) -> None:
+    ask = "WorkloadControlRequest(WorkloadAction.ExcludeThisNode, 'GPU 3 fell off the bus')"
+    do = f"""
+    if NODE == "b" and len(list(HERE.glob("together_*"))) == 2:
+        from ft_monitor import WorkloadAction, WorkloadControlRequest
+        client.send_workload_control_request({ask})
+        sys.exit(7)
+"""
+    other, excluded = two_nodes(do)
+    assert excluded.wait(60) == 0, excluded.output
+    assert "this node leaves the job: a rank asked for it: GPU 3 fell off the bus" in excluded.output
+    assert other.wait(60) == 0, other.output
+    assert "node a goes on alone" in other.output
