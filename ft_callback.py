@@ -140,7 +140,9 @@ def is_complete(path: Path) -> bool:
                 return bool(archive.infolist())
         except (zipfile.BadZipFile, OSError):
             return False
-    return head.strip(b"\0") != b""  # another format; a crash leaves empty files, and such with only zeros
+    return (
+        len(head) == 4 and head.strip(b"\0") != b""
+    )  # another format; a crash leaves empty files, and such with only zeros
 
 
 def set_broken_checkpoints_aside(directory: Path, pattern: str) -> list[str]:

@@ -310,7 +310,8 @@ def test_a_launcher_that_waits_for_other_nodes_outlives_user_signals(job: Launch
     wait_until((tmp_path / "checked").exists, 60, "the health check, which precedes the rendezvous")
     for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
         os.kill(waiting.pid, number)
-    assert waiting.wait(30) == 128 + signal.SIGTERM, waiting.output
+    # torch has no handler for SIGTERM either before it starts workers; a shell sees 143 in both cases.
+    assert waiting.wait(30) in (-signal.SIGTERM, 128 + signal.SIGTERM), waiting.output
 
 
 def test_a_survivor_may_finish_saving_a_checkpoint_and_no_longer_than_the_limit(job: Launch, tmp_path: Path) -> None:
