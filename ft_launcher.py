@@ -203,7 +203,7 @@ def describe_failure(report: Report) -> str:
     """What was wrong with a rank, in one sentence."""
     who = f"rank {report['rank']} (pid {report['pid']})"
     if report["error"] is not None:
-        return f"{who} failed: {report['error']}"
+        return f"{who} failed: {' '.join(str(report['error']).split())[:400]}"
     if report["ended"] is None:
         return f"{who}: its monitor (pid {report['monitor_pid']}) was killed, and the rank with it"
     if report["stopped"] is not None:
@@ -307,9 +307,13 @@ def read_incidents(run_dir: Path) -> list[dict[str, Any]]:
         lines = []
     for line in lines:
         try:
-            incidents.append(dict(json.loads(line)))
+            entry = json.loads(line)
         except ValueError:
-            log.warning("skipped a line of %s that is not JSON", path)
+            entry = None
+        if isinstance(entry, dict) and "start" in entry:
+            incidents.append(entry)
+        else:
+            log.warning("skipped a line of %s that tells of no attempt", path)
     return incidents
 
 
@@ -520,6 +524,8 @@ class FaultToleranceAgent(LocalElasticAgent):
         # -I -S: quick to start, and nothing of the user's is imported instead of a standard module of the same name.
         monitor = ["-I", "-S", ft_monitor.__file__, f"--parent-pid={os.getpid()}"]
         self._passed_on = set(ft_monitor.PASSED_ON_SIGNALS) - signals_to_handle()
+        for number in self._passed_on:
+            signal.signal(number, self._pass_on)
         spec.entrypoint = sys.executable
         spec.args = (*monitor, f"--shutdown-timeout={self._shutdown_timeout}", "--", *command)
 
@@ -688,7 +694,7 @@ def check_node(command: str) -> str | None:
         output, _ = check.communicate(timeout=HEALTH_CHECK_SECONDS)
     except subprocess.TimeoutExpired:
         ft_monitor.kill_session(check.pid)  # the shell, and what it has started
-        check.communicate()
+        check.wait()
         return f"{command!r} did not end within {HEALTH_CHECK_SECONDS:g} s"
     text = " ".join(output.decode(errors="replace").split())[:300]
     return f"{command!r} ended with {check.returncode}: {text or 'no output'}" if check.returncode else None

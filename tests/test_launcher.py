@@ -638,3 +638,10 @@ def test_a_function_that_torch_would_call_in_a_process_of_its_own_becomes_a_comm
     assert command == [sys.executable, "-u", "train.py", "--lr", "0.1"]
     command = ft_launcher.rank_command(torch.distributed.run.run_script_path, ["/a/train.py", "--lr"])
     assert command[:3] == [sys.executable, "-u", "-c"] and command[4:] == ["/a/train.py", "--lr"]
+
+
+def test_the_readme_names_every_flag_of_ours() -> None:
+    flags = {flag for action in ft_launcher.get_args_parser()._actions for flag in action.option_strings}
+    ours = {flag for flag in flags if flag.startswith("--ft-")} | set(ft_launcher.SHOW_FLAGS)
+    readme = (ROOT / "README.md").read_text()
+    assert not [flag for flag in ours if f"`{flag}" not in readme and f" {flag} " not in readme]

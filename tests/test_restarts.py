@@ -303,7 +303,6 @@ sys.exit(7)
         assert re.search(r"rank 0 \(pid \d+\) ended (with exit code 7|by SIGUSR1)", line), line
 
 
-@pytest.mark.xfail(strict=True, reason="no handler before the first start of workers")
 def test_a_launcher_that_waits_for_other_nodes_outlives_user_signals(job: Launch, tmp_path: Path) -> None:
     rendezvous = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{free_port()}"]
     waiting = job([*rendezvous, f"--ft-node-health-check=touch {tmp_path}/checked"], "")
