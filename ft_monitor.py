@@ -1170,6 +1170,8 @@ class RankMonitor:
     def _take_in(self, data: bytes, now: float) -> None:
         skipped = self.reader.skipped
         for message in self.reader.feed(data):
+            if message["type"] == "heartbeat" and self.report["verdict"] is not None:
+                continue  # too late: a stopped rank is continued for its stacks
             for lap in self.clocks.hear(message, now):
                 self._warn_if_slow(lap)
             self._note_times(message["type"])
