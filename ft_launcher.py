@@ -652,6 +652,7 @@ class FaultToleranceAgent(LocalElasticAgent):
             return
         requests = [report["request"] for report in read_reports(self._attempt_dir) if report["request"]]
         leave = next((request for request in requests if request["action"] == "ExcludeThisNode"), None)
+        saved = self._job.policy.saved
         # Progress is known where global rank 0 is; when that node gives up, it closes the rendezvous for all.
         reason = self._job.policy.why_not(entry, requests) if self._worker_group.group_rank == 0 or requests else None
         left, most = self._remaining_restarts, self._worker_group.spec.max_restarts
@@ -661,18 +662,22 @@ class FaultToleranceAgent(LocalElasticAgent):
         if reason:
             self._job.gave_up, self._remaining_restarts = reason, 0
             what_next = f"not restarting: {reason}"
-        self._explain(entry, what_next)
+        self._explain(entry, what_next, saved or 0)
         if leave and not reason:
             self._leave(f"a rank asked for it: {leave['reason']}")
 
-    def _explain(self, entry: Mapping[str, Any], what_next: str) -> None:
-        """Who, where, and what happens next."""
+    def _explain(self, entry: Mapping[str, Any], what_next: str, saved: int = 0) -> None:
+        """Who, where, and what happens next; `saved`: the step of the checkpoint that was there at its start."""
         step = "" if entry["last_step"] is None else f" at step {entry['last_step']}"
         guess = "" if entry["certain"] else "suspect: "
+        anew = f"  it began at step 0 although step {saved} was saved: see its warning"
         ran = duration(entry["end"] - entry["start"])
         lines = [
             f"attempt {self._attempt} ended after {ran}{step}: {guess}{entry['verdict']}",
             entry["ranks_at"] and f"  {entry['ranks_at']}",
+            saved
+            and entry["first_step"] == 0
+            and f"  it began at step 0 although step {saved} was saved: see its warning",
             f"  evidence: {self._attempt_dir}; {what_next}",
         ]
         log.error("%s", "\n".join(filter(None, lines)))

@@ -411,6 +411,19 @@ if ATTEMPT == 0:
     assert "Traceback" not in spoiled.output, spoiled.output
 
 
+def test_an_attempt_that_has_not_resumed_is_told_of(job: Launch) -> None:
+    body = """
+client.init_workload_monitoring()
+client.send_heartbeat(0)
+if ATTEMPT == 0:
+    client.report_saved(5)
+sys.exit(3)
+"""
+    ended = job(["--max-restarts=1"], body)
+    assert ended.wait() == 1
+    assert ended.output.count("  it began at step 0 although step 5 was saved: see its warning\n") == 1, ended.output
+
+
 # ---------------------------------------------------------------------------------------------------- two nodes
 
 
