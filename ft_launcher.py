@@ -675,9 +675,7 @@ class FaultToleranceAgent(LocalElasticAgent):
         lines = [
             f"attempt {self._attempt} ended after {ran}{step}: {guess}{entry['verdict']}",
             entry["ranks_at"] and f"  {entry['ranks_at']}",
-            saved
-            and entry["first_step"] == 0
-            and f"  it began at step 0 although step {saved} was saved: see its warning",
+            anew if saved and entry["first_step"] == 0 else None,
             f"  evidence: {self._attempt_dir}; {what_next}",
         ]
         log.error("%s", "\n".join(filter(None, lines)))
