@@ -817,8 +817,7 @@ def maximum_of_ranks(values: Sequence[float]) -> list[float]:
     dist = sys.modules.get("torch.distributed")  # whoever has a process group has imported it
     if dist is None or not dist.is_available() or not dist.is_initialized():
         return list(values)
-    import torch
-
+    torch = sys.modules["torch"]
     on_cpu = any(name in dist.get_backend() for name in ("gloo", "mpi"))
     device = torch.device("cpu") if on_cpu else torch.accelerator.current_accelerator()
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
