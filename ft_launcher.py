@@ -27,6 +27,7 @@ Files in FT_RUN_DIR
     attempt_<n>/rank<N>.stacks.txt  the rank's stacks
     latest                          link to the newest attempt
     incidents.jsonl                 one line for each attempt that has ended
+    progress.json                   the newest checkpoint, by the callback
     logs/                           torchrun's --log-dir, unless it is given
 
 When it does not restart, although restarts are left
@@ -356,8 +357,8 @@ def time_spent(incidents: Sequence[Mapping[str, Any]]) -> TimeSpent:
     return TimeSpent(total, counted, lost, detection, restart, setup, repeated)
 
 
-def render_report(incidents: Sequence[Mapping[str, Any]], width: int = 100) -> str:
-    """A row for each attempt, and where the time went; no line is longer than `width`."""
+def render_report(incidents: Sequence[Mapping[str, Any]], width: int = 100, colour: bool = False) -> str:
+    """A row for each attempt, and where the time went; no line is longer than `width`. Failures are red in colour."""
     lines = [f"{'attempt':>7}  {'started':<8}  {'ran':>10}  {'steps':>15}  {'saved':>7}  why it ended"]
     for row in incidents:
         started = time.strftime("%H:%M:%S", time.localtime(row["start"]))
@@ -374,7 +375,11 @@ def render_report(incidents: Sequence[Mapping[str, Any]], width: int = 100) -> s
         f"lost: {duration(spent.setup)} set-up, {duration(spent.lost)} in {spent.repeated} steps done twice, "
         f"{duration(spent.detection)} detection, {duration(spent.restart)} restart"
     )
-    return "\n".join(line if len(line) <= width else f"{line[: width - 3]}..." for line in lines)
+    lines = [line if len(line) <= width else f"{line[: width - 3]}..." for line in lines]
+    for number, row in enumerate(incidents, 1):
+        if colour and row["verdict"]:
+            lines[number] = f"\033[31m{lines[number]}\033[0m"
+    return "\n".join(lines)
 
 
 def render_status(reports: Sequence[Report], now: float) -> str:
@@ -429,7 +434,7 @@ def show(argv: Sequence[str]) -> int:
             incidents = read_incidents(run_dir)
             if not incidents:
                 parser.error(f"no attempt of {str(run_dir)!r} has ended yet: see --ft-status")
-            print(f"{run_dir}\n{render_report(incidents)}")
+            print(f"{run_dir}\n{render_report(incidents, colour=sys.stdout.isatty())}")
             return 0
         while True:
             text = render_status(read_reports(run_dir / "latest"), time.time())
@@ -603,7 +608,7 @@ class FaultToleranceAgent(LocalElasticAgent):
         super()._shutdown(death_sig, timeout + int(STOP_MARGIN_SECONDS), **kwargs)
         self._note_incident(stopped)
         if self._attempt > 0:
-            log.info("%s", render_report(read_incidents(self._run_dir)))
+            log.info("%s", render_report(read_incidents(self._run_dir), colour=sys.stderr.isatty()))
 
     @property
     def _attempt_dir(self) -> Path:

@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ft_monitor import RankMonitorClient, write_json
 
 CONTEXT = 64  # characters that the model sees at once
+MIN_STEPS = 16  # before timeouts are calculated
 FAULTS = {"rank_killed": signal.SIGKILL, "rank_hung": signal.SIGSTOP}
 
 
@@ -70,8 +71,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--save-every", type=int, default=50, metavar="STEPS")
     parser.add_argument("--dir", type=Path, default=Path("checkpoints"), help="where the checkpoint goes")
-    parser.add_argument("--fault", choices=FAULTS, help="try it: let the last rank fail, once")
-    parser.add_argument("--fault-step", type=int, default=80, metavar="STEP")
+    parser.add_argument("--fault", choices=FAULTS, help="try it: let the last rank fail, in the first start")
+    parser.add_argument("--fault-step", type=int, default=80, metavar="STEP", help="after so many steps")
     args = parser.parse_args()
 
     flag = os.environ.get("FAULT_TOL_FINISHED_FLAG_FILE")
@@ -87,8 +88,8 @@ def main() -> None:
     torch.manual_seed(1)
     model = DistributedDataParallel(CharacterModel(vocabulary).to(device))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    checkpoint = args.dir / "last.pt"
-    start = 0
+    checkpoint, start = args.dir / "last.pt", 0
+    first_start = os.environ["FT_ATTEMPT"] == "0" and not checkpoint.exists()
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=device, weights_only=True)
         model.load_state_dict(state["model"])
@@ -98,7 +99,8 @@ def main() -> None:
     client.end_section("setup")
 
     for step in range(start, args.steps):
-        if args.fault and step == args.fault_step and start == 0 and dist.get_rank() == dist.get_world_size() - 1:
+        if args.fault and first_start and step == args.fault_step and dist.get_rank() == dist.get_world_size() - 1:
+            print(f"simulated fault: {args.fault} on rank {dist.get_rank()}", flush=True)
             os.kill(os.getpid(), FAULTS[args.fault])
         pieces = batch(text, step).to(device)
         loss = nn.functional.cross_entropy(model(pieces[:, :-1]).transpose(1, 2), pieces[:, 1:])
@@ -110,22 +112,23 @@ def main() -> None:
             client.start_section("checkpointing")  # 2
             if dist.get_rank() == 0:
                 args.dir.mkdir(parents=True, exist_ok=True)
-                optimizer_state, client_state = optimizer.state_dict(), client.state_dict()
-                state = {"model": model.state_dict(), "optimizer": optimizer_state, "client": client_state}
-                save(checkpoint, {**state, "step": step + 1})
+                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+                save(checkpoint, {**state, "client": client.state_dict()})  # timeouts as of the save before
                 client.report_saved(step + 1)
                 if flag:
                     write_json(Path(f"{flag}.progress"), {"step": step + 1})  # 5
                 print(f"step {step + 1}: loss {loss.item():.3f}, saved {checkpoint}", flush=True)
             dist.barrier()
             client.end_section("checkpointing")
-            client.calculate_and_set_section_timeouts(calc_out_of_section=False, skip_if_not_ready=True)  # 4
-            client.calculate_and_set_hb_timeouts(skip_if_not_ready=True)
+            client.send_heartbeat(step + 1)  # before limits come into force: the save was longer than they are
+            if step - start >= MIN_STEPS:
+                client.calculate_and_set_section_timeouts(calc_out_of_section=False, skip_if_not_ready=True)  # 4
+                client.calculate_and_set_hb_timeouts(skip_if_not_ready=True)
 
     if flag and dist.get_rank() == 0:
         write_json(Path(flag), {"reason": f"{args.steps} steps done", "step": args.steps}, durable=True)  # 5
-    client.shutdown_workload_monitoring()
     dist.destroy_process_group()
+    client.shutdown_workload_monitoring()  # last: nothing after it is watched
 
 
 if __name__ == "__main__":

@@ -293,6 +293,21 @@ def test_a_chain_survives_the_loss_of_exit_codes(slurm: Slurm, directory: Path) 
     assert "gave up: a bug" in output(directory)
 
 
+def test_the_readmes_job_script_for_one_node_runs_as_written(slurm: Slurm, directory: Path) -> None:
+    """Without GPUs, and with a python that only notes how it is called."""
+    _, _, text = (ROOT / "README.md").read_text().partition("<!-- one_node.sh -->\n```bash\n")
+    (directory / "job.sh").write_text(text.partition("```")[0].replace("#SBATCH --gpus-per-node=8\n", ""))
+    shutil.copy(ROOT / "autoresume.sh", directory)
+    python = directory / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text('#!/bin/bash\necho "called: $*"; echo "{}" >"$FAULT_TOL_FINISHED_FLAG_FILE"\n')
+    python.chmod(0o755)
+    slurm.submit(directory, f"--export=ALL,PATH={python.parent}:{os.environ['PATH']}", "-o", "out-%j.txt", "job.sh")
+    slurm.wait_empty()
+    assert "called: ft_launcher.py --nproc-per-node=8 --max-restarts=3 train.py\n" in output(directory)
+    assert "training is complete" in output(directory)
+
+
 def test_a_lightning_training_goes_on_from_job_to_job(slurm: Slurm, directory: Path) -> None:
     """The README's job script for several nodes: two launchers, a rank killed on the way, a stop request, an end."""
     script = directory / "job.sh"

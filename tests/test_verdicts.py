@@ -465,6 +465,18 @@ def test_the_report_of_a_month_with_as_many_steps_as_anybody_does_has_at_most_10
     assert [line for line in ft_launcher.render_report(month).splitlines() if len(line) > 100] == []
 
 
+def test_failures_are_red_where_there_is_colour() -> None:
+    lines = ft_launcher.render_report(TWO, colour=True).splitlines()
+    assert [line.startswith("\033[31m") and line.endswith("\033[0m") for line in lines] == [
+        False,
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert "\033" not in ft_launcher.render_report(TWO)
+
+
 # ----------------------------------------------------------------------------------------- --ft-status, --ft-report
 
 LIMITS = {"initial_rank_heartbeat_timeout": 600.0, "rank_heartbeat_timeout": 30.0}
