@@ -52,6 +52,7 @@ import functools
 import importlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -73,6 +74,7 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.elastic.rendezvous import RendezvousError, rendezvous_handler_registry
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 import ft_monitor
 from ft_monitor import ConfigError, FaultToleranceConfig
@@ -788,8 +790,12 @@ def check_torchrun_options(args: argparse.Namespace) -> None:
     config, _, _ = torch.distributed.run.config_from_args(without_logs)
     if config.nproc_per_node < 1:
         raise ConfigError(f"--nproc-per-node: got {args.nproc_per_node!r}, expected at least 1")
-    if config.monitor_interval < 0:
-        raise ConfigError(f"--monitor-interval: got {args.monitor_interval!r}, expected seconds of at least 0")
+    if not 0 < config.monitor_interval < math.inf:
+        raise ConfigError(f"--monitor-interval: got {args.monitor_interval:g}, expected seconds, more than 0")
+    if args.master_port is not None and not 0 <= args.master_port < 65536:
+        raise ConfigError(f"--master-port: got {args.master_port}, expected a port, up to 65535")
+    if args.rdzv_endpoint and config.rdzv_backend in ("c10d", "static"):
+        parse_rendezvous_endpoint(args.rdzv_endpoint, default_port=0)
     backends = getattr(rendezvous_handler_registry, "_registry", {config.rdzv_backend: None})
     if config.rdzv_backend not in backends:
         raise ConfigError(f"--rdzv-backend: got {config.rdzv_backend!r}, expected one of {', '.join(backends)}")

@@ -89,7 +89,7 @@ def main() -> None:
     model = DistributedDataParallel(CharacterModel(vocabulary).to(device))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     checkpoint, start = args.dir / "last.pt", 0
-    first_start = os.environ["FT_ATTEMPT"] == "0" and not checkpoint.exists()
+    first_start = os.environ.get("FT_ATTEMPT", "0") == "0" and not checkpoint.exists()
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=device, weights_only=True)
         model.load_state_dict(state["model"])

@@ -331,14 +331,19 @@ class Agent(ft_launcher.FaultToleranceAgent):
         self._attempt_dir.mkdir(parents=True)
 
 
-def verdict_of(agent: Agent, caplog: pytest.LogCaptureFixture) -> str:
+def verdict_of(agent: Agent) -> str:
     """What the launcher logs, warnings about what it could not read included."""
-    caplog.set_level(logging.INFO)
-    ft_launcher.log.propagate = True
-    entry = agent._note_incident(failed=True)
-    assert entry is not None and agent._note_incident(failed=True) is None
-    agent._explain(entry, "restarting, 1 of 1 left")
-    return "\n".join(record.getMessage() for record in caplog.records)
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    ft_launcher.log.addHandler(handler)
+    try:
+        entry = agent._note_incident(failed=True)
+        assert entry is not None and agent._note_incident(failed=True) is None
+        agent._explain(entry, "restarting, 1 of 1 left")
+    finally:
+        ft_launcher.log.removeHandler(handler)
+    return "\n".join(said)
 
 
 def write_reports(directory: Path, reports: list[ft_launcher.Report]) -> None:
@@ -347,21 +352,19 @@ def write_reports(directory: Path, reports: list[ft_launcher.Report]) -> None:
         (directory / f"rank{values['rank']}.json").write_text(json.dumps(values))
 
 
-def test_the_verdict_on_64_ranks_fits_a_screen(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_verdict_on_64_ranks_fits_a_screen(tmp_path: Path) -> None:
     agent = Agent(tmp_path / "a_host-with-a-rather-long-name_12345")
     write_reports(agent._attempt_dir, [hung(rank, step=9 if rank == 63 else 10) for rank in range(64)])
     for rank in range(64):  # each at a place of its own: the worst for the second line
         text = dump(MAIN, f'  File "/home/me/train.py", line {rank} in a_function_with_a_long_name_{rank}')
         (agent._attempt_dir / f"rank{rank}.stacks.txt").write_text(text)
-    lines = verdict_of(agent, caplog).splitlines()
+    lines = verdict_of(agent).splitlines()
     assert len(lines) == 3 and all(len(line) < 400 for line in lines), lines
     assert "rank 63 (pid 1063) hung" in lines[0] and lines[1].startswith("  rank 63 is at train.py:63 in ")
     assert lines[1].endswith("; 59 more places")
 
 
-def test_reports_that_cannot_be_read_cost_a_line_each_and_not_the_verdict(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_reports_that_cannot_be_read_cost_a_line_each_and_not_the_verdict(tmp_path: Path) -> None:
     agent = Agent(tmp_path)
     write_reports(agent._attempt_dir, [report(0), report(1, stopped=None, status=7)])  # of rank 2 there is none
     bad = {
@@ -371,16 +374,14 @@ def test_reports_that_cannot_be_read_cost_a_line_each_and_not_the_verdict(
     for name, content in bad.items():
         (agent._attempt_dir / name).write_bytes(content)
     (agent._attempt_dir / "rank10.json").mkdir()
-    *warnings, verdict, _ = verdict_of(agent, caplog).splitlines()
+    *warnings, verdict, _ = verdict_of(agent).splitlines()
     assert len(warnings) == len(bad) + 1 and all("cannot read the report" in line for line in warnings), warnings
     assert verdict == "attempt 0 ended after 2 m 01 s at step 10: rank 1 (pid 1001) ended with exit code 7"
 
 
-def test_an_attempt_that_failed_without_reports_did_not_end_well(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_attempt_that_failed_without_reports_did_not_end_well(tmp_path: Path) -> None:
     agent = Agent(tmp_path)
-    assert "its workers failed" in verdict_of(agent, caplog)
+    assert "its workers failed" in verdict_of(agent)
     assert "ended well" not in ft_launcher.render_report(ft_launcher.read_incidents(tmp_path))
 
 
