@@ -1,8 +1,4 @@
-"""Timeouts that nobody has to choose: how they are calculated, agreed on, kept, and corrected.
-
-First what is pure, then the client and Lightning in this process, where time is a number that a test adds to, and last
-real monitors and launchers.
-"""
+"""Calculated timeouts: the arithmetic, the client with a pipe of the test's, and real Lightning trainings."""
 
 from __future__ import annotations
 
@@ -13,593 +9,421 @@ import re
 import signal
 import sys
 import time
-import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
 import pytest
-import test_monitor
 from conftest import ROOT, Started, wait_until
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
-from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import _TunerExitException
-from test_monitor import BEAT, BYE, FAILED, INIT, Message, Watch, enter, leave, timeouts
 
-import ft_callback
 import ft_monitor
 from ft_callback import FaultToleranceCallback, TimeoutState, read_kills
-from ft_monitor import (
-    Clock,
-    Clocks,
-    ConfigError,
-    FaultToleranceConfig,
-    MessageReader,
-    RankMonitor,
-    RankMonitorClient,
-    RankMonitorClientError,
-    calculated_timeout,
-    encode_message,
-)
+from ft_monitor import Clocks, ConfigError, FaultToleranceConfig, RankMonitorClient, RankMonitorClientError
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's hints for small trainings
 
-watch = test_monitor.watch
-
-FIRST, STEP, OUTSIDE = "initial_rank_heartbeat_timeout", "rank_heartbeat_timeout", "rank_out_of_section_timeout"
-SAVE, LOAD, OTHER = (f"rank_section_timeouts[{name}]" for name in ("save", "load", "other"))
-FIRST_BATCH, CHECKPOINTING, FINISHING = (
-    f"rank_section_timeouts[{name}]" for name in ("first_batch", "checkpointing", "finishing")
-)
+HEARTBEAT = "rank_heartbeat_timeout"
+INITIAL = "initial_rank_heartbeat_timeout"
+Heard = Callable[[], list[dict[str, Any]]]
 
 
-# ------------------------------------------------------------------------------------------------------- laps
+class Time:
+    """An integer clock in the place of time.monotonic()."""
 
-ALL = FaultToleranceConfig(
-    startup_timeout=100,
-    initial_rank_heartbeat_timeout=50,
-    rank_heartbeat_timeout=30,
-    rank_section_timeouts={"save": 70},
-    rank_out_of_section_timeout=40,
-    exit_timeout=60,
-)
-BEATING = {3: INIT, 5: BEAT}
+    now = 0
 
-
-@pytest.mark.parametrize(
-    "history, message, laps",
-    [
-        ({}, INIT, [("startup_timeout", 20, 100)]),
-        ({3: INIT}, BEAT, [(FIRST, 17, 50)]),
-        (BEATING, BEAT, [(STEP, 15, 30)]),
-        # What has passed when a timed section is entered counts, and not what passes in it; then it starts anew.
-        (BEATING, enter("save"), [(OUTSIDE, 17, 40), (STEP, 15, 30)]),
-        ({3: INIT}, enter("save"), [(OUTSIDE, 17, 40), (FIRST, 17, 50)]),
-        ({**BEATING, 9: enter("save")}, BEAT, []),
-        ({**BEATING, 9: enter("save")}, leave("save"), [(SAVE, 11, 70)]),
-        ({**BEATING, 9: enter("save"), 12: leave("save")}, BEAT, [(STEP, 8, 30)]),
-        ({3: INIT, 9: enter("save"), 12: leave("save")}, BEAT, [(FIRST, 8, 50)]),
-        ({**BEATING, 9: enter("save"), 12: leave("save")}, enter("save"), [(OUTSIDE, 8, 40), (STEP, 8, 30)]),
-        # A measured section is timed, as one with a limit.
-        (BEATING, enter("load"), [(OUTSIDE, 17, 40), (STEP, 15, 30)]),
-        ({**BEATING, 9: enter("load")}, BEAT, []),
-        ({**BEATING, 9: enter("load")}, leave("load"), [(LOAD, 11, None)]),
-        ({**BEATING, 9: enter("load"), 12: leave("load")}, BEAT, [(STEP, 8, 30)]),
-        # Any other is not: heartbeats go on in it.
-        (BEATING, enter("other"), [(OUTSIDE, 17, 40)]),
-        ({**BEATING, 9: enter("other")}, BEAT, [(STEP, 15, 30)]),
-        ({**BEATING, 9: enter("other")}, leave("other"), [(OTHER, 11, None)]),
-        ({**BEATING, 9: enter("other"), 12: leave("other")}, BEAT, [(STEP, 15, 30)]),
-        # Of two sections, each has a lap of its own, and heartbeats rest until both are left.
-        ({**BEATING, 9: enter("save"), 10: enter("load")}, leave("save"), [(SAVE, 11, 70)]),
-        ({**BEATING, 9: enter("save"), 10: enter("load"), 12: leave("load")}, BEAT, []),
-        # The end stops everything, and a new beginning stops the clock of the end.
-        (BEATING, BYE, [(OUTSIDE, 17, 40), (STEP, 15, 30)]),
-        ({**BEATING, 9: enter("save")}, FAILED, [(SAVE, 11, 70)]),
-        ({**BEATING, 9: FAILED}, INIT, [("exit_timeout", 11, 60)]),
-        ({**BEATING, 9: BYE}, INIT, []),
-        # What tells nothing of the rank's life stops nothing.
-        (BEATING, {"type": "saved", "step": 1}, []),
-        (BEATING, timeouts(rank_heartbeat_timeout=5), []),
-        (BEATING, leave("save"), []),
-        ({**BEATING, 9: enter("save")}, enter("save"), []),
-    ],
-)  # fmt: skip
-def test_a_message_stops_the_clocks_that_wait_for_it(
-    history: Mapping[int, Message], message: Message, laps: list[tuple[str, float, float | None]]
-) -> None:
-    clocks = Clocks(ALL, 0, measured=frozenset({"load"}))
-    for now, earlier in history.items():
-        clocks.hear(earlier, now)
-    assert clocks.hear(message, 20) == laps
-
-
-def test_a_lap_has_the_limit_that_was_in_force_when_it_ended() -> None:
-    clocks = Clocks(ALL, 0)
-    for now, message in {**BEATING, 9: timeouts(rank_heartbeat_timeout=25)}.items():
-        clocks.hear(message, now)
-    assert clocks.hear(BEAT, 20) == [(STEP, 15, 25)]
-    clocks.hear(timeouts(), 21)
-    assert clocks.hear(BEAT, 22) == [(STEP, 2, 30)]
-
-
-# ----------------------------------------------------------------------------------------------- calculations
-
-
-@pytest.mark.parametrize(
-    "longest, factor, floor, earlier, expected",
-    [
-        (4, 5, 10, None, 20),
-        (4, 2.5, 10, None, 10),
-        (1, 5, 10, None, 10),
-        (4, 5, 10, 100, 60),
-        (100, 5, 10, 4, 252),
-        (4, 5, 70, 100, 70),
-        (0.12345678, 1, 0.01, None, 0.123),
-    ],
-)
-def test_a_timeout_is_the_longest_time_with_a_margin_not_below_the_floor_and_the_mean_with_an_earlier_one(
-    longest: float, factor: float, floor: float, earlier: float | None, expected: float
-) -> None:
-    assert calculated_timeout(longest, factor, floor, earlier) == expected
-
-
-@pytest.mark.xfail(strict=True, reason="with a factor below 2, the mean with an earlier timeout may be less")
-def test_no_timeout_is_shorter_than_the_longest_time_that_was_seen() -> None:
-    assert calculated_timeout(longest=100, factor=1.5, floor=1, earlier=10) > 100
-
-
-def test_calculated_timeouts_replace_those_of_the_same_name_and_leave_the_configuration_alone() -> None:
-    config = ALL.with_calculated({STEP: 7, SAVE: 8, LOAD: 9})
-    expected = {**ALL.timeouts(), STEP: 7, SAVE: 8, LOAD: 9}
-    assert config.timeouts() == expected
-    assert ALL.timeouts()[STEP] == 30 and LOAD not in ALL.timeouts()
-    assert config.with_calculated({}) == config
-
-
-@pytest.mark.parametrize(
-    "name", ["startup_timeout", "exit_timeout", "safety_factor", "rank_section_timeouts", "heartbeat", "sections[save]"]
-)
-def test_a_timeout_that_is_not_one_of_those_that_are_calculated_is_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(name)):
-        ALL.with_calculated({STEP: 7, name: 5})
-
-
-@pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf"), "soon", True])
-@pytest.mark.parametrize("name", [STEP, SAVE])
-def test_a_calculated_timeout_that_is_no_time_is_refused(name: str, seconds: Any) -> None:
-    with pytest.raises(ConfigError, match=r"expected a number greater than 0"):
-        ALL.with_calculated({name: seconds})
-
-
-# -------------------------------------------------------------------------------------- what is kept in a file
-
-
-def stored(**timeouts: float) -> dict[str, Any]:
-    return {"version": 1, "timeouts": timeouts}
-
-
-def test_what_was_saved_is_loaded_again_and_the_file_is_one_that_people_can_read(tmp_path: Path) -> None:
-    state = TimeoutState(stored(**{STEP: 12.5, SAVE: 30.0}), validated=True, killed={STEP: 7})
-    path = tmp_path / "ft_state.json"
-    state.save(path)
-    assert TimeoutState.load(path) == state
-    assert f'"{STEP}": 12.5' in path.read_text()
-    assert set(json.loads(path.read_text())) == {"version", "client", "validated", "killed", "time"}
-    assert [found.name for found in tmp_path.iterdir()] == ["ft_state.json"]
-
-
-def test_without_a_file_there_is_nothing_to_load(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        TimeoutState.load(tmp_path / "ft_state.json")
-
-
-def test_the_first_kill_by_a_timeout_is_noted_and_the_second_at_the_same_step_widens_it() -> None:
-    state = TimeoutState(stored(**{STEP: 10.0, SAVE: 30.0}))
-    assert state.judge({STEP: 7}, factor=5) == []
-    assert (state.client["timeouts"], state.killed) == ({STEP: 10, SAVE: 30}, {STEP: 7})
-    (line,) = state.judge({STEP: 7}, factor=5)
-    assert line == f"{STEP} of 10 s ended ranks twice at step 7 and is now 50 s"
-    assert state.client["timeouts"] == {STEP: 50, SAVE: 30}
-    assert len(state.judge({STEP: 7}, factor=5)) == 1 and state.client["timeouts"][STEP] == 250
-    assert state.judge({}, factor=5) == []
-
-
-@pytest.mark.parametrize(
-    "kills, timeout",
-    [
-        ([7, 8, 9], 10),  # training gets further each time: each may be a hang
-        ([7, 6], 50),  # not even as far as the first time
-        ([7, 8, 8], 50),
-        ([0, 0], 50),
-        ([-1, -1], 50),  # before the first heartbeat with a step
-        ([7, 9, 8, 9], 250),
-    ],
-)
-def test_a_timeout_is_widened_when_it_kills_with_no_new_step_in_between(kills: list[int], timeout: float) -> None:
-    state = TimeoutState(stored(**{STEP: 10.0}))
-    for step in kills:
-        state.judge({STEP: step}, factor=5)
-    assert state.client["timeouts"] == {STEP: timeout}
-
-
-def test_a_kill_by_another_timeout_or_by_one_that_is_calculated_no_more_widens_nothing() -> None:
-    state = TimeoutState(stored(**{STEP: 10.0, SAVE: 30.0}))
-    for kills in ({STEP: 7}, {SAVE: 7}, {LOAD: 7}, {LOAD: 7}):
-        assert state.judge(kills, factor=5) == []
-    assert state.client["timeouts"] == {STEP: 10, SAVE: 30}
-
-
-def test_of_several_notes_the_highest_step_of_each_timeout_counts_and_broken_ones_do_not(tmp_path: Path) -> None:
-    notes = {
-        "a": {"setting": STEP, "limit": 10, "step": 7},
-        "b": {"setting": STEP, "limit": 10, "step": 9},
-        "c": {"setting": STEP, "limit": 10, "step": None},
-        "d": {"setting": SAVE, "limit": 30, "step": None},
-        "e": {"limit": 10},
-        "f": [],
-    }
-    for name, verdict in notes.items():
-        (tmp_path / name).write_text(json.dumps(verdict))
-    (tmp_path / "g").write_text('{"setting": "rank_he')
-    assert read_kills(sorted(tmp_path.iterdir())) == {STEP: 9, SAVE: -1}
-    assert read_kills([tmp_path / "gone"]) == {}
-
-
-# -------------------------------------------------------------------------------------------- in this process
-
-
-class FakeMonitor:
-    """In the place of this rank's monitor, with its real clocks, and of the time, which passes when a test says so."""
-
-    def __init__(self, read_end: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now = 0.0
-        self.messages: list[Message] = []
-        self.killed: list[Clock] = []  # the clocks that would have ended the rank
-        self._read_end, self._reader, self._monkeypatch = read_end, MessageReader(), monkeypatch
-        self.configure(min_timeout=1)
-
-    def configure(self, **settings: Any) -> None:
-        self._monkeypatch.setenv("FT_CONFIG", json.dumps(settings))
-        self.clocks = Clocks(FaultToleranceConfig(**settings), self.now)
-
-    def hear(self) -> None:
-        try:
-            messages = self._reader.feed(os.read(self._read_end, 1 << 20))
-        except BlockingIOError:
-            return
-        for message in messages:
-            self.clocks.hear(message, self.now)
-            self._enforce()
-        self.messages += messages
-
-    def spend(self, seconds: float) -> None:
-        self.hear()
-        self.now += seconds
-        self._enforce()
-
-    @property
-    def in_force(self) -> dict[str, float]:
-        self.hear()
-        return self.clocks.config.timeouts()
-
-    def sent(self, kind: str) -> list[Message]:
-        self.hear()
-        return [message for message in self.messages if message["type"] == kind]
-
-    def _enforce(self) -> None:
-        clock = self.clocks.first()
-        if clock is not None and self.now >= clock.deadline:
-            self.killed.append(clock)
+    def monotonic(self) -> float:
+        return float(self.now)
 
 
 @pytest.fixture
-def monitor(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeMonitor]:
+def clock(monkeypatch: pytest.MonkeyPatch) -> Time:
+    fake = Time()
+    monkeypatch.setattr(ft_monitor.time, "monotonic", fake.monotonic)
+    return fake
+
+
+@pytest.fixture
+def heard(monkeypatch: pytest.MonkeyPatch) -> Iterator[Heard]:
+    """Stands in for the monitor: returns the messages that have arrived since the last call."""
     for name in [name for name in os.environ if name.startswith(("FT_", "FAULT_TOL", "RANK", "SLURM", "TORCHELASTIC"))]:
         monkeypatch.delenv(name)
-    for package in ("lightning.pytorch", "lightning.fabric"):
-        monkeypatch.setattr(logging.getLogger(f"{package}.utilities.rank_zero"), "level", logging.ERROR)
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     reader, writer = Pipe(duplex=False)
     os.set_blocking(reader.fileno(), False)
     monkeypatch.setenv("FT_MONITOR_FD", str(writer.fileno()))
-    monitor = FakeMonitor(reader.fileno(), monkeypatch)
-    monkeypatch.setattr(ft_monitor, "time", types.SimpleNamespace(monotonic=lambda: monitor.now))
-    yield monitor
+    monkeypatch.setenv("FT_CONFIG", '{"min_timeout": 1}')
+
+    def read() -> list[dict[str, Any]]:
+        try:
+            return [json.loads(line) for line in os.read(reader.fileno(), 65536).splitlines()]
+        except BlockingIOError:
+            return []
+
+    yield read
     reader.close()
     writer.close()
 
 
-def connect(monitor: FakeMonitor, *measure: str, **settings: Any) -> RankMonitorClient:
-    monitor.configure(**{"min_timeout": 1, **settings})
-    client = RankMonitorClient()
-    client.init_workload_monitoring(measure)
-    return client
-
-
-def beat(client: RankMonitorClient, monitor: FakeMonitor, *seconds: float) -> None:
-    """A heartbeat after each of so many seconds."""
-    for each in seconds:
-        monitor.spend(each)
+def beat(client: RankMonitorClient, clock: Time, *intervals: int) -> None:
+    for interval in intervals:
+        clock.now += interval
         client.send_heartbeat()
 
 
-def stay(client: RankMonitorClient, monitor: FakeMonitor, section: str, seconds: float) -> None:
-    client.start_section(section)
-    monitor.spend(seconds)
-    client.end_section(section)
+# ------------------------------------------------------------------------------------------------- arithmetic
 
 
-# -- calculating
-
-
-def test_what_is_calculated_is_in_force_at_once_for_the_client_and_for_its_monitor(monitor: FakeMonitor) -> None:
-    client = connect(monitor, "save", rank_heartbeat_timeout=600, rank_section_timeouts={"load": 300})
-    assert client.hb_timeouts == (None, 600, False)
-    assert client.section_timeouts == ({"load": 300}, None, set(), False)
-    beat(client, monitor, 3, 1, 4)
-    stay(client, monitor, "save", 20)
-    stay(client, monitor, "load", 10)
-    configured = {STEP: 600, LOAD: 300}
-    assert monitor.in_force == client.timeouts_in_force() == configured
-
-    assert client.calculate_and_set_section_timeouts(calc_out_of_section=False) is True
-    client.send_heartbeat()
-    assert client.calculate_and_set_hb_timeouts() is True
-    calculated = {FIRST: 15, STEP: 20, SAVE: 100, LOAD: 50}
-    assert monitor.in_force == client.timeouts_in_force() == client.calculated == calculated
-    assert client.hb_timeouts == (15, 20, True)
-    assert client.section_timeouts == ({"load": 50, "save": 100}, None, {"load", "save"}, False)
-    assert monitor.killed == []
-
-
-def test_only_what_is_asked_for_is_calculated(monitor: FakeMonitor) -> None:
-    client = connect(monitor, "save", "load")
-    beat(client, monitor, 3, 4)
-    stay(client, monitor, "save", 20)
-    stay(client, monitor, "other", 7)
-    assert client.calculate_and_set_section_timeouts(["save"], calc_out_of_section=False)
-    assert client.calculated == {SAVE: 100}
-    assert client.calculate_and_set_section_timeouts({"other": None}, calc_out_of_section=False)
-    assert client.calculated == {SAVE: 100, OTHER: 35}
-    client.send_heartbeat()
-    assert client.calculate_and_set_hb_timeouts(calc_initial=False)
-    assert client.calculated == {SAVE: 100, OTHER: 35, STEP: 20}
-    assert client.calculate_and_set_section_timeouts([])
-    assert client.calculated == {SAVE: 100, OTHER: 35, STEP: 20, OUTSIDE: 35}
-
-
-def test_the_time_outside_of_sections_that_still_runs_counts(monitor: FakeMonitor) -> None:
-    client = connect(monitor)
-    stay(client, monitor, "save", 2)
-    monitor.spend(30)
-    client.calculate_and_set_section_timeouts([])
-    assert client.calculated == {OUTSIDE: 150}
-    monitor.spend(100)
-    assert monitor.killed == []
-
-
-def test_all_that_is_asked_for_must_have_been_seen_and_else_nothing_changes(monitor: FakeMonitor) -> None:
-    client = connect(monitor, "save", "load")
-    stay(client, monitor, "save", 20)
-    beat(client, monitor, 3)  # the first: no time between two has been seen
-    for calculate, missing in (
-        (client.calculate_and_set_hb_timeouts, [STEP]),
-        (client.calculate_and_set_section_timeouts, [LOAD]),
-        (lambda **options: client.calculate_and_set_section_timeouts(["save", "x", "y"], **options),
-         ["rank_section_timeouts[x]", "rank_section_timeouts[y]"]),
-    ):  # fmt: skip
-        assert calculate(skip_if_not_ready=True) is False
-        with pytest.raises(RankMonitorClientError, match=re.escape(f"not enough data to calculate {missing[0]}")) as no:
-            calculate()
-        assert all(name in str(no.value) for name in missing)
-        assert not any(name in str(no.value) for name in {FIRST, STEP, SAVE, LOAD, OUTSIDE} - set(missing))
-    assert client.calculated == {} and monitor.sent("timeouts") == []
-
-
-def test_without_a_connection_nothing_can_be_calculated() -> None:
-    for calculate in (
-        RankMonitorClient().calculate_and_set_hb_timeouts,
-        RankMonitorClient().calculate_and_set_section_timeouts,
-    ):
-        with pytest.raises(RankMonitorClientError, match=r"call init_workload_monitoring\(\) first"):
-            calculate(skip_if_not_ready=True)
-
-
-def test_a_measured_section_that_has_no_timeout_counts_as_a_part_of_a_step(monitor: FakeMonitor) -> None:
-    """Its clock does not rest heartbeats for the monitor, which has no limit for it."""
-    client = connect(monitor, "save", "load")
-    for _ in range(2):
-        beat(client, monitor, 4)
-        stay(client, monitor, "save", 20)
-        stay(client, monitor, "load", 10)
-    client.send_heartbeat()
-    client.calculate_and_set_hb_timeouts(calc_initial=False)
-    assert client.calculated == {STEP: 5 * (4 + 20 + 10)}
-    client.calculate_and_set_section_timeouts(["save"], calc_out_of_section=False)
-    client.calculate_and_set_hb_timeouts(calc_initial=False)
-    assert client.calculated == {STEP: 5 * (4 + 10), SAVE: 100}
-
-
-@pytest.mark.xfail(strict=True, reason="a section that is configured as 'none' is taken for one with a limit")
-def test_so_does_one_whose_timeout_is_configured_as_none(monitor: FakeMonitor) -> None:
-    client = connect(monitor, rank_section_timeouts={"save": None})
-    beat(client, monitor, 4, 4)
-    stay(client, monitor, "save", 20)
-    client.send_heartbeat()
-    client.calculate_and_set_hb_timeouts(calc_initial=False)
-    stay(client, monitor, "save", 25)
-    client.send_heartbeat()
-    assert monitor.killed == [] and client.calculated == {STEP: 5 * (4 + 20)}
-
-
-@pytest.mark.xfail(strict=True, reason="it is added to the timeout between heartbeats alone")
-def test_a_measured_section_without_a_timeout_counts_for_the_first_heartbeat_too(monitor: FakeMonitor) -> None:
-    client = connect(monitor, "setup")
-    stay(client, monitor, "setup", 20)
-    beat(client, monitor, 3, 1)
-    client.calculate_and_set_hb_timeouts()
-    state = client.state_dict()
-    client.shutdown_workload_monitoring()
-    second = RankMonitorClient()
-    second.load_state_dict(state)
-    second.init_workload_monitoring(["setup"])
-    stay(second, monitor, "setup", 20)
-    beat(second, monitor, 3)
-    assert monitor.killed == []
-
-
-@pytest.mark.xfail(strict=True, reason="its clock has run since the last heartbeat, and the limit is younger")
-def test_a_limit_that_comes_into_force_after_a_long_section_does_not_end_the_rank_at_once(
-    monitor: FakeMonitor,
-) -> None:
-    client = connect(monitor, "save")
-    beat(client, monitor, 1, 1)
-    stay(client, monitor, "save", 60)  # for the monitor, without a limit yet
-    client.calculate_and_set_section_timeouts(calc_out_of_section=False)
-    client.calculate_and_set_hb_timeouts()
-    assert monitor.in_force[STEP] == 5
-    assert monitor.killed == []
-
-
-# -- earlier runs
-
-
-def test_timeouts_of_an_earlier_run_are_in_force_from_the_connection_on_or_from_then_on(monitor: FakeMonitor) -> None:
-    first = connect(monitor, "save")
-    beat(first, monitor, 3, 4)
-    stay(first, monitor, "save", 20)
-    first.calculate_and_set_section_timeouts(calc_out_of_section=False)
-    first.calculate_and_set_hb_timeouts()
-    state = json.loads(json.dumps(first.state_dict()))
-    first.shutdown_workload_monitoring()
-
-    before, after = RankMonitorClient(), RankMonitorClient()
-    before.load_state_dict(state)
-    before.init_workload_monitoring()
-    assert monitor.sent("timeouts")[-1]["calculated"] == {FIRST: 15, STEP: 20, SAVE: 100}
-    assert before.state_dict() == state and before.hb_timeouts == (15, 20, True)
-    before.shutdown_workload_monitoring()
-
-    monitor.configure(min_timeout=1)
-    after.init_workload_monitoring()
-    assert monitor.in_force == {}
-    after.load_state_dict(state)
-    assert monitor.in_force == {FIRST: 15, STEP: 20, SAVE: 100}
-    assert after.section_timeouts == ({"save": 100}, None, {"save"}, False)
-
-
-def test_an_outlier_fades_from_run_to_run_but_not_within_one(monitor: FakeMonitor) -> None:
-    state, kept = stored(**{STEP: 400.0}), []
-    for _ in range(3):
-        client = connect(monitor)
-        client.load_state_dict(state)
-        beat(client, monitor, 1, 10)
-        for _ in range(2):  # however often: this run's part is the same
-            client.calculate_and_set_hb_timeouts(calc_initial=False)
-        state = client.state_dict()
-        kept.append(client.calculated[STEP])
-        client.shutdown_workload_monitoring()
-    assert kept == [225, 137.5, 93.75]
-
-
-def test_a_timeout_of_an_earlier_run_is_not_in_force_below_the_floor_of_this_one(monitor: FakeMonitor) -> None:
-    client = RankMonitorClient()
-    client.load_state_dict(stored(**{STEP: 0.25, SAVE: 0.3, FIRST: 90.0}))
-    monitor.configure(min_timeout=30)
-    client.init_workload_monitoring()
-    assert monitor.in_force == client.timeouts_in_force() == {STEP: 30, SAVE: 30, FIRST: 90}
-    assert client.hb_timeouts == (90, 30, True)
-
-
-@pytest.mark.parametrize("seconds", [None, 0, float("nan"), float("inf"), "soon", True, [5]])
-def test_a_state_with_a_timeout_that_is_no_time_is_refused_and_changes_nothing(
-    monitor: FakeMonitor, seconds: Any
-) -> None:
-    client = RankMonitorClient()
-    client.load_state_dict(stored(**{STEP: 7}))
-    for timeouts in ({SAVE: seconds}, {STEP: seconds}, {"exit_timeout": 5}):
-        with pytest.raises(ConfigError):
-            client.load_state_dict({"version": 1, "timeouts": timeouts})
-    assert client.state_dict() == stored(**{STEP: 7})
-
-
-# -- correcting
-
-
-def test_timeouts_that_are_set_aside_leave_those_that_were_configured_and_the_others_in_force(
-    monitor: FakeMonitor,
-) -> None:
-    client = RankMonitorClient()
-    client.load_state_dict(stored(**{STEP: 20, SAVE: 100, LOAD: 50}))
-    monitor.configure(min_timeout=1, rank_heartbeat_timeout=600, rank_section_timeouts={"load": 300})
-    client.init_workload_monitoring()
-    client.set_timeouts_aside(STEP)
-    client.set_timeouts_aside(LOAD)
-    assert monitor.in_force == client.timeouts_in_force() == {STEP: 600, SAVE: 100, LOAD: 300}
-    assert client.hb_timeouts == (None, 600, False) and client.section_timeouts.calculated_sections == {"save"}
-    assert client.state_dict() == stored(**{STEP: 20, SAVE: 100, LOAD: 50}), "later runs have them"
-    beat(client, monitor, 1, 500)
-    assert monitor.killed == []
-    client.calculate_and_set_hb_timeouts(calc_initial=False)
-    assert monitor.in_force == {STEP: (5 * 500 + 20) / 2, SAVE: 100, LOAD: 300}
-
-
-@pytest.mark.parametrize("setting", [STEP, FIRST, SAVE])
 @pytest.mark.parametrize(
-    "seconds, timeout",
-    [(9, 20), (10, 20), (11, 55), (19, 95)],  # half of 20 s is not much; more is
+    ("longest", "floor", "earlier", "timeout"),
+    [(4, 1, None, 20), (0.05, 10, None, 10), (4, 1, 10, 15), (0.05, 10, 0.25, 10), (8, 1, 1000, 520)],
 )
-def test_a_calculated_timeout_that_nearly_ran_out_is_wider_at_once(
-    monitor: FakeMonitor, setting: str, seconds: float, timeout: float
+def test_a_timeout_is_the_longest_time_times_the_factor_merged_with_the_earlier_one(
+    longest: float, floor: float, earlier: float | None, timeout: float
 ) -> None:
-    client = RankMonitorClient()
-    client.load_state_dict(stored(**{setting: 20}))
-    client.init_workload_monitoring()
-    if setting == SAVE:
-        stay(client, monitor, "save", seconds)
-    else:
-        beat(client, monitor, *([seconds] if setting == FIRST else [1, seconds]))
-    assert client.calculated == monitor.in_force == {setting: timeout}
+    assert ft_monitor.calculated_timeout(longest, 5, floor, earlier) == timeout
 
 
-def test_one_that_is_wider_already_does_not_become_narrower_by_that(monitor: FakeMonitor) -> None:
-    client = RankMonitorClient()
-    client.load_state_dict(stored(**{STEP: 20}))
-    monitor.configure(min_timeout=1, safety_factor=1.5)
-    client.init_workload_monitoring()
-    beat(client, monitor, 1, 11)
-    assert client.calculated == {STEP: 20}
-
-
-def test_a_timeout_that_people_have_configured_stays_as_it_is(monitor: FakeMonitor) -> None:
-    client = RankMonitorClient()
-    client.load_state_dict(stored(**{SAVE: 20}))
-    monitor.configure(min_timeout=1, rank_heartbeat_timeout=20)
-    client.init_workload_monitoring()
-    beat(client, monitor, 1, 19)
-    assert client.calculated == {SAVE: 20} and monitor.in_force == {STEP: 20, SAVE: 20}
-
-
-def test_a_slow_clock_is_said_with_its_figures_but_not_at_every_step_that_is_as_slow(
-    monitor: FakeMonitor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(logging.getLogger("ft_monitor"), "propagate", True)
-    watching = RankMonitor([], FaultToleranceConfig(rank_heartbeat_timeout=100, rank_section_timeouts={"save": 100}))
-    watching.rank = types.SimpleNamespace(pid=812)  # type: ignore[assignment]
-    messages = [(0, INIT), (1, BEAT)]
-    for now in (41, 100, 160, 220, 290):  # after 40, 59, 60, 60 and 70 s
-        messages.append((now, {"type": "heartbeat", "step": now}))
-    messages += [(300, enter("save")), (390, leave("save"))]
-    for now, message in messages:
-        fields = {name: value for name, value in message.items() if name != "type"}
-        watching._take_in(encode_message(message["type"], **fields), now)
-    assert caplog.messages == [
-        f"rank 0 (pid 812): slow at step 100: 59.0 s, limit 100 s ({STEP})",
-        f"rank 0 (pid 812): slow at step 290: 70.0 s, limit 100 s ({STEP})",
-        f"rank 0 (pid 812): slow at step 290: 90.0 s, limit 100 s ({SAVE})",
+def test_clocks_tell_how_long_each_ran_and_sections_rest_the_heartbeat() -> None:
+    clocks = Clocks(FaultToleranceConfig(), 0, frozenset({"save"}))
+    story: list[tuple[int, dict[str, Any], list[tuple[str, int]]]] = [
+        (3, {"type": "init", "rank": 0, "stacks": False}, [("startup_timeout", 3)]),
+        (5, {"type": "heartbeat", "step": None}, [(INITIAL, 2)]),
+        (9, {"type": "heartbeat", "step": 1}, [(HEARTBEAT, 4)]),
+        (10, {"type": "section", "name": "save", "open": True}, [("rank_out_of_section_timeout", 7), (HEARTBEAT, 1)]),
+        (50, {"type": "heartbeat", "step": 2}, []),
+        (60, {"type": "section", "name": "save", "open": False}, [("rank_section_timeouts[save]", 50)]),
+        (62, {"type": "heartbeat", "step": 3}, [(HEARTBEAT, 2)]),
+        (63, {"type": "section", "name": "other", "open": True}, [("rank_out_of_section_timeout", 3)]),
+        (70, {"type": "heartbeat", "step": 4}, [(HEARTBEAT, 8)]),  # a section that is not measured rests nothing
     ]
+    for now, message, laps in story:
+        assert [(lap.setting, lap.seconds) for lap in clocks.hear(message, now)] == laps
+
+
+def test_the_client_calculates_from_what_it_has_seen_and_the_monitor_hears_of_it_at_once(
+    heard: Heard, clock: Time
+) -> None:
+    client = RankMonitorClient()
+    client.init_workload_monitoring(measure=["save"])
+    assert client.calculate_and_set_hb_timeouts(skip_if_not_ready=True) is False
+    with pytest.raises(RankMonitorClientError, match="not enough data to calculate rank_heartbeat_timeout"):
+        client.calculate_and_set_hb_timeouts()
+    beat(client, clock, 6, 2, 3, 2)
+    client.start_section("save")
+    clock.now += 40
+    client.end_section("save")
+    assert client.calculate_and_set_section_timeouts(["save"], calc_out_of_section=False)
+    assert client.calculate_and_set_hb_timeouts()
+    assert tuple(client.hb_timeouts) == (30, 15, True)
+    assert client.section_timeouts.section == {"save": 200} and client.section_timeouts.calculated_sections == {"save"}
+    in_force = {"rank_section_timeouts[save]": 200, HEARTBEAT: 15, INITIAL: 30}
+    assert heard()[-1] == {"type": "timeouts", "calculated": in_force, "note": None}
+    assert client.state_dict() == {"version": 1, "timeouts": in_force}
+
+
+def test_a_measured_section_without_a_timeout_counts_into_that_of_heartbeats(heard: Heard, clock: Time) -> None:
+    """The monitor's heartbeat clock does not rest in it, although the client's does."""
+    client = RankMonitorClient()
+    client.init_workload_monitoring(measure=["save"])
+    beat(client, clock, 1, 2)
+    client.start_section("save")
+    clock.now += 40
+    client.end_section("save")
+    assert client.calculate_and_set_hb_timeouts()
+    assert client.hb_timeouts.subsequent == (2 + 40) * 5
+
+
+def test_the_state_goes_from_one_run_to_the_next_and_outliers_fade(heard: Heard, clock: Time) -> None:
+    state = {"version": 1, "timeouts": {HEARTBEAT: 100, INITIAL: 40}}
+    client = RankMonitorClient()
+    client.load_state_dict(state)
+    client.init_workload_monitoring()
+    assert heard()[-1]["calculated"] == {HEARTBEAT: 100, INITIAL: 40}
+    beat(client, clock, 2, 4)
+    client.calculate_and_set_hb_timeouts(calc_initial=False)
+    client.calculate_and_set_hb_timeouts(calc_initial=False)  # with earlier runs, not with this one's own
+    assert tuple(client.hb_timeouts) == (40, 60, True)
+    client.set_timeouts_aside(HEARTBEAT)
+    assert client.hb_timeouts.subsequent is None and client.state_dict()["timeouts"][HEARTBEAT] == 60
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {},
+        {"version": 0, "timeouts": {}},
+        {"version": 1},
+        {"version": 1, "timeouts": {"x": 1}},
+        {"version": 1, "timeouts": {HEARTBEAT: -1}},
+    ],
+)
+def test_a_state_that_is_none_is_refused(state: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        RankMonitorClient().load_state_dict(state)
+
+
+def test_a_calculated_timeout_that_nearly_ran_out_is_widened_at_once(heard: Heard, clock: Time) -> None:
+    client = RankMonitorClient()
+    client.load_state_dict({"version": 1, "timeouts": {HEARTBEAT: 10}})
+    client.init_workload_monitoring()
+    beat(client, clock, 1, 5)
+    assert client.hb_timeouts.subsequent == 10
+    beat(client, clock, 6)
+    assert heard()[-1]["calculated"] == {HEARTBEAT: 30}
+
+
+def test_the_floor_holds_for_stored_timeouts_too(heard: Heard, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FT_CONFIG", '{"min_timeout": 20}')
+    client = RankMonitorClient()
+    client.load_state_dict({"version": 1, "timeouts": {HEARTBEAT: 3}})
+    client.init_workload_monitoring()
+    assert client.timeouts_in_force() == {HEARTBEAT: 20}
+
+
+# ------------------------------------------------------------------------------------------------- the state file
+
+
+def test_a_timeout_that_ended_ranks_twice_with_no_new_step_is_widened() -> None:
+    state = TimeoutState(client={"version": 1, "timeouts": {HEARTBEAT: 2.0}})
+    assert state.judge({HEARTBEAT: 7}, 5) == []
+    assert state.judge({HEARTBEAT: 9}, 5) == []  # with steps in between
+    (line,) = state.judge({HEARTBEAT: 9}, 5)
+    assert "rank_heartbeat_timeout of 2 s ended ranks twice at step 9 and is now 10 s" in line
+    assert state.client["timeouts"] == {HEARTBEAT: 10.0}
+
+
+def test_notes_of_kills_are_read_and_the_highest_step_counts(tmp_path: Path) -> None:
+    for rank, text in enumerate(
+        ['{"setting": "a", "step": 4}', '{"setting": "a", "step": 9}', "{", '{"setting": "b", "step": null}']
+    ):
+        (tmp_path / f"killed_rank{rank}.json").write_text(text)
+    assert read_kills(sorted(tmp_path.iterdir())) == {"a": 9, "b": -1}
+
+
+BROKEN = [
+    "", "{", "[]", "null", '{"version": 0}', '{"version": 1, "client": 5}', '{"a": "foreign"}', "\ud800",
+    '{"version": 1, "client": {"version": 1, "timeouts": {"rank_heartbeat_timeout": "x"}}}',
+]  # fmt: skip
+
+
+class Model(BoringModel):
+    def __init__(self, act: Callable[[int], Any] = lambda batch_idx: None) -> None:
+        super().__init__()
+        self.act = act
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.act(batch_idx)
+        return super().training_step(batch, batch_idx)
+
+
+def fit(directory: Path, *callbacks: Callback, model: Model | None = None, **options: Any) -> Trainer:
+    keep = ModelCheckpoint(directory / "checkpoints", save_last=True, every_n_train_steps=10)
+    callback = FaultToleranceCallback(autoresume=False, calculate_timeouts=True, exp_dir=directory / "state")
+    trainer = Trainer(
+        accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=directory, callbacks=[callback, keep, *callbacks],
+        **{"max_steps": 30, "limit_train_batches": 30, "limit_val_batches": 0, **options},
+    )  # fmt: skip
+    trainer.fit(model or Model(), ckpt_path="last")
+    return trainer
+
+
+def stored(directory: Path) -> dict[str, float]:
+    path = directory / "state" / "ft_state.json"
+    return dict(json.loads(path.read_text())["client"]["timeouts"])
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_a_broken_state_file_costs_one_warning_and_is_replaced(
+    heard: Heard, tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str
+) -> None:
+    path = tmp_path / "state" / "ft_state.json"
+    path.parent.mkdir()
+    path.write_bytes(text.encode(errors="surrogatepass"))
+    logging.getLogger("lightning.pytorch").propagate = True
+    fit(tmp_path)
+    warnings = [record.getMessage() for record in caplog.records if "ignoring the stored timeouts" in record.message]
+    assert len(warnings) == 1 and str(path) in warnings[0]
+    assert stored(tmp_path)[HEARTBEAT] == 1
+
+
+def test_the_first_run_calculates_after_its_first_save_and_the_second_has_the_initial_timeout_too(
+    heard: Heard, tmp_path: Path
+) -> None:
+    seen: list[tuple[int, set[str]]] = []
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+            path = tmp_path / "state" / "ft_state.json"
+            seen.append((trainer.global_step, set(stored(tmp_path)) if path.exists() else set()))
+
+    fit(tmp_path, Look())
+    sections = {"rank_section_timeouts[first_batch]", "rank_section_timeouts[checkpointing]"}
+    at = dict(seen)
+    assert at[10] == set() or at[10] == sections
+    assert at[11] == sections and at[15] == sections  # after the first save
+    assert at[17] == {*sections, HEARTBEAT}  # after 16 batches
+    assert set(stored(tmp_path)) == {*sections, HEARTBEAT, "rank_section_timeouts[finishing]"}
+    heard()
+    fit(tmp_path, max_steps=60, max_epochs=9)
+    first = next(message for message in heard() if message["type"] == "timeouts")
+    assert set(first["calculated"]) == {*sections, HEARTBEAT, "rank_section_timeouts[finishing]"}
+    assert INITIAL in stored(tmp_path)
+
+
+def test_a_slow_save_does_not_stretch_the_timeout_of_steps(heard: Heard, tmp_path: Path) -> None:
+    class Slow(Callback):
+        def on_save_checkpoint(self, *args: Any) -> None:
+            time.sleep(0.45)
+
+    fit(tmp_path, Slow())
+    timeouts = stored(tmp_path)
+    assert timeouts["rank_section_timeouts[checkpointing]"] >= 2.25 > timeouts[HEARTBEAT]
+
+
+def test_heartbeat_timeouts_rest_in_the_first_validation_whose_steps_are_not_known(
+    heard: Heard, tmp_path: Path
+) -> None:
+    class Slow(Callback):
+        def on_validation_batch_start(self, trainer: Trainer, *args: Any) -> None:
+            if not trainer.sanity_checking:
+                time.sleep(0.3)
+
+    fit(tmp_path, Slow(), limit_val_batches=2, num_sanity_val_steps=0)
+    messages = heard()
+    in_force = [HEARTBEAT in message["calculated"] for message in messages if message["type"] == "timeouts"]
+    first_set, set_aside = in_force.index(True), in_force.index(False, in_force.index(True))
+    assert set_aside > first_set and True in in_force[set_aside:]
+    assert stored(tmp_path)[HEARTBEAT] >= 1.5
+
+
+def act_by(error: BaseException) -> Callable[[int], None]:
+    def act(batch_idx: int) -> None:
+        if batch_idx == 25:
+            raise error
+
+    return act
+
+
+def terminate(batch_idx: int) -> None:
+    if batch_idx == 25:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("act", "shown", "calculates"),
+    [
+        (lambda batch_idx: None, None, True),
+        (act_by(SystemExit(0)), SystemExit, True),
+        (act_by(_TunerExitException()), None, True),
+        (act_by(ValueError("bad")), ValueError, False),
+        (act_by(KeyboardInterrupt()), SystemExit, False),
+        (terminate, SystemExit, False),
+    ],
+    ids=["normal end", "SystemExit(0)", "_TunerExitException", "exception", "KeyboardInterrupt", "SIGTERM"],
+)
+def test_timeouts_are_calculated_at_an_end_and_at_a_clean_stop_but_never_on_a_failure(
+    heard: Heard, tmp_path: Path, act: Callable[[int], Any], shown: type[BaseException] | None, calculates: bool
+) -> None:
+    slow = 0.4  # a step after the last save, which only a calculation at the end takes in
+
+    def slow_then_act(batch_idx: int) -> None:
+        if batch_idx == 23:
+            time.sleep(slow)
+        act(batch_idx)
+
+    if shown is None:
+        fit(tmp_path, model=Model(slow_then_act), max_steps=28)
+    else:
+        with pytest.raises(shown):
+            fit(tmp_path, model=Model(slow_then_act), max_steps=28)
+    assert (stored(tmp_path)[HEARTBEAT] >= slow * 5) is calculates
+
+
+def test_a_run_without_any_timeout_says_what_to_set(heard: Heard, tmp_path: Path) -> None:
+    trainer = Trainer(
+        accelerator="cpu", logger=False, default_root_dir=tmp_path, callbacks=[FaultToleranceCallback(False)]
+    )
+    with pytest.raises(RuntimeError, match=r"--ft-rank-heartbeat-timeout=SECONDS, or .*calculate_timeouts=True"):
+        trainer.fit(Model())
+
+
+def test_a_directory_that_cannot_be_written_is_one_clear_error(heard: Heard, tmp_path: Path) -> None:
+    (tmp_path / "state").write_text("a file, and no directory")
+    with pytest.raises(RuntimeError, match=r"cannot prepare the directories of this training.*see exp_dir"):
+        fit(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------- two ranks
+
+SCRIPT = """
+import os, sys, time
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.demos.boring_classes import BoringModel
+from ft_callback import FaultToleranceCallback
+
+pause, steps, fault = float(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+
+class Model(BoringModel):
+    def training_step(self, batch, batch_idx):
+        time.sleep(pause * (1 + int(os.environ["RANK"])))
+        if fault and os.environ["FT_ATTEMPT"] == "0" and os.environ["RANK"] == "1" and batch_idx == 5:
+            os.kill(os.getpid(), 19)
+        return super().training_step(batch, batch_idx)
+
+Trainer(
+    accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_progress_bar=False, enable_model_summary=False,
+    max_steps=steps, limit_train_batches=20, limit_val_batches=0,
+    callbacks=[
+        FaultToleranceCallback(autoresume=False, calculate_timeouts=True, exp_dir="state"),
+        ModelCheckpoint("checkpoints", save_last=True, save_on_train_epoch_end=True),
+    ],
+).fit(Model(), ckpt_path="last")
+"""
+
+
+def test_runs_calibrate_themselves_and_a_timeout_that_fits_no_longer_does_not_kill_for_ever(
+    start: Callable[..., Started], tmp_path: Path
+) -> None:
+    (tmp_path / "train.py").write_text(SCRIPT)
+
+    def run(floor: float, *arguments: Any) -> Started:
+        launcher = [
+            sys.executable,
+            ROOT / "ft_launcher.py",
+            "--nproc-per-node=2",
+            "--max-restarts=4",
+            "--ft-run-dir=runs",
+        ]
+        return start([*launcher, f"--ft-min-timeout={floor}", "train.py", *arguments])
+
+    # Rank 1 is twice as slow; both agree on what it needs.
+    first = run(0.1, 0.05, 40)
+    assert first.wait() == 0, first.output
+    assert first.output.count("hang detection starts when timeouts have been calculated") == 1
+    assert stored(tmp_path)[HEARTBEAT] >= 5 * 0.1
+
+    # A frozen rank is ended by the calculated limit.
+    second = run(4, 0.05, 60, "freeze")
+    assert second.wait() == 0, second.output
+    assert "timeouts in force: " in second.output
+    assert re.search(r"rank 1 .* hung: no heartbeat for 4\.\d s at step 4\d \(calculated limit 4 s\)", second.output)
+    assert INITIAL in stored(tmp_path)
+
+    # The next steps take longer than the calculated limit; it has ended ranks twice when it is widened.
+    state = json.loads((tmp_path / "state" / "ft_state.json").read_text())
+    state["client"]["timeouts"] = {HEARTBEAT: 0.6}
+    (tmp_path / "state" / "ft_state.json").write_text(json.dumps(state))
+    third = run(0.1, 0.7, 63)
+    assert third.wait() == 0, third.output
+    assert third.output.count("timeout widened: rank_heartbeat_timeout of 0.6 s ended ranks twice") == 1, third.output
+    assert third.output.count("calculated limit 0.6 s); sending") <= 4  # two attempts of two ranks
+    assert stored(tmp_path)[HEARTBEAT] > 1.4
+    assert not list((tmp_path / "state").glob("killed_rank*"))
+    wait_until(lambda: not list((tmp_path / "state").glob(".*")), 5, "no unfinished file")
