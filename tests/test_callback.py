@@ -722,3 +722,26 @@ def test_the_table_of_files_names_the_finished_flag_and_its_progress() -> None:
     table = (ft_callback.__doc__ or "").partition("\nFiles")[2]
     assert re.search(r'^ +FLAG +.*\{"reason", "step", "epoch", "time"\}$', table, re.MULTILINE)
     assert re.search(r'^ +FLAG\.progress +.*\{"step", "epoch", "checkpoint", "time"\}$', table, re.MULTILINE)
+
+
+def test_asynchronous_saves_do_not_lead_to_a_timeout_that_is_too_short(
+    monitor: Heard, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Saving returns at once; how long a write takes counts for the end of training, which waits for the last one."""
+
+    class Slow(TorchCheckpointIO):
+        def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+            time.sleep(0.4)
+            super().save_checkpoint(*args, **kwargs)
+
+    monkeypatch.setenv("FT_CONFIG", '{"min_timeout": 0.1}')
+    callback = FaultToleranceCallback(autoresume=False, calculate_timeouts=True, exp_dir=tmp_path / "state")
+    keep = ModelCheckpoint(tmp_path / "checkpoints", save_last=True, save_on_train_epoch_end=True)
+    trainer = make_trainer(
+        tmp_path, callback, keep, plugins=[AsyncCheckpointIO(Slow())], max_epochs=2, limit_train_batches=20
+    )
+    trainer.fit(Model())
+    timeouts = json.loads((tmp_path / "state" / "ft_state.json").read_text())["client"]["timeouts"]
+    assert "rank_section_timeouts[checkpointing]" not in timeouts
+    assert timeouts["rank_section_timeouts[finishing]"] >= 5 * 0.4
+    assert timeouts["rank_heartbeat_timeout"] < 5 * 0.4
