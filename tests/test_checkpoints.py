@@ -277,7 +277,7 @@ def test_a_run_with_a_broken_last_checkpoint_goes_on_from_the_newest_good_one(
         "--ft-run-dir=runs",
         "--ft-min-timeout=60",
     ]
-    command += [ROOT / "examples" / "train.py", "--steps-per-epoch=5", "--epochs"]
+    command += ["--ft-min-timeout=60", ROOT / "examples" / "train.py", "--steps-per-epoch=5", "--epochs"]
     first = start([*command, "1"], FAULT_TOL_FINISHED_FLAG_FILE=flag)
     assert first.wait() == 0, first.output
     last = tmp_path / "checkpoints" / "last.ckpt"
