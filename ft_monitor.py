@@ -959,6 +959,17 @@ def signal_process(pid: int, number: int) -> None:
         pass
 
 
+def signal_main_thread(pid: int, number: int) -> None:
+    """Signal the main thread of a process: one that was stopped and is continued handles it before it goes on.
+
+    A signal to the process is handled by any of its threads, while the others go on from where they were.
+    """
+    try:
+        ctypes.CDLL(None).tgkill(pid, pid, number)
+    except AttributeError:  # glibc has it since 2.30
+        signal_process(pid, number)
+
+
 def kill_session(session: int, within: float = REAP_SECONDS) -> list[int]:
     """SIGKILL every process of a session, wait until they are gone, and return those that are not (D state)."""
     deadline = time.monotonic() + within
@@ -1298,7 +1309,7 @@ class RankMonitor:
                 size = file.tell()
         except OSError:
             return None
-        signal_process(self.rank.pid, STACKS_SIGNAL)
+        signal_main_thread(self.rank.pid, STACKS_SIGNAL)
         return size
 
     def _take_stacks(self, why: str) -> None:

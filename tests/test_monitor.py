@@ -6,6 +6,7 @@ A rank is a few lines of Python that each test shows; PRELUDE is what all of the
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -871,6 +872,38 @@ client.shutdown_workload_monitoring()
     assert watched.ends() == 0
     assert STACKS_OF_THE_RANK in watched.stacks
     assert re.search(r"no heartbeat for 1\.\d s at step 8, limit 2 s; took its stacks", watched.log[0])
+
+
+def has_dumps(path: Path, number: int) -> bool:
+    return path.read_text().count(" in <module>") == number
+
+
+def test_a_stopped_process_writes_its_stacks_before_it_goes_on(start: Callable[..., Started], tmp_path: Path) -> None:
+    """Any of its threads could handle a signal that is sent to the process, while the main one goes on."""
+    path = tmp_path / "stacks.txt"
+    process = start([sys.executable, "-c", f"""
+import faulthandler, os, signal, threading, time
+faulthandler.register({int(ft_monitor.STACKS_SIGNAL)}, open({str(path)!r}, "w"))
+
+def wait_in_turns():
+    while True:
+        time.sleep(0.0005)
+
+def stop_itself():
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+for _ in range(20):
+    threading.Thread(target=wait_in_turns, daemon=True).start()
+while True:
+    stop_itself()
+    time.sleep(0.02)
+"""])  # fmt: skip
+    for dumps in range(1, 16):
+        wait_until(lambda: ft_monitor.process_state(process.pid).get("state") == "T")
+        ft_monitor.signal_main_thread(process.pid, ft_monitor.STACKS_SIGNAL)
+        os.kill(process.pid, signal.SIGCONT)
+        wait_until(functools.partial(has_dumps, path, dumps))
+    assert path.read_text().count(" in stop_itself\n") == 15
 
 
 @pytest.mark.parametrize("hang", ["wait_for_ever()", "os.kill(os.getpid(), signal.SIGSTOP)"])
