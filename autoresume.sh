@@ -30,7 +30,6 @@
 #   --slurm auto     chain, where there is sbatch (the default)
 #   #SBATCH --signal=B:USR1@300 makes the job save a checkpoint and hand over 300 s before its time limit.
 set -u
-set -m # COMMAND gets a process group of its own, a stdin, and a SIGINT that is not ignored
 exec 3>&2
 
 say() { printf '[autoresume] %s\n' "$*" >&3; }
@@ -90,19 +89,32 @@ check_arguments() {
 
 # -- files
 
-# The value of a member of a JSON object that is in one line; the last line's in a file of several.
-json_value() { # FILE NAME
-  [[ -r $1 ]] && tail -n 1 -- "$1" | sed -n 's/.*"'"$2"'": *"\{0,1\}\([^",}]*\).*/\1/p'
+# What is read goes to $REPLY: a $(...) in the loop, or in a trap, must be in a subshell, since bash 5.2 fails with a syntax
+# error when a signal arrives while it parses one.
+
+read_line() { # FILE
+  REPLY=''
+  [[ ! -r $1 ]] || { IFS= read -r REPLY <"$1"; } 2>/dev/null
 }
 
-progress() { cat -- "$flag.progress" 2>/dev/null; }
-
-step() { json_value "$flag.progress" step || echo; }
+# The value of a member of the JSON object that is the first line of a file.
+read_member() { # FILE NAME
+  local pattern="\"$2\": *\"?([^\",}]*)"
+  read_line "$1"
+  if [[ $REPLY =~ $pattern ]]; then REPLY=${BASH_REMATCH[1]}; else REPLY=''; fi
+}
 
 # Add a line to FLAG.runs.
 note() { # EVENT RESULT REASON
-  printf '{"event": "%s", "run": %d, "job": "%s", "time": "%s", "step": "%s", "failures": %d, "continuation": "%s", "result": "%s", "reason": "%s"}\n' \
-    "$1" "$run" "$job" "$(date +%Y-%m-%dT%H:%M:%S%z)" "$(step)" "$failures" "$continuation" "$2" "${3//[\"\\]/}" >>"$flag.runs"
+  read_member "$flag.progress" step
+  printf '{"event": "%s", "run": %d, "job": "%s", "time": "%(%Y-%m-%dT%H:%M:%S%z)T", "step": "%s", "failures": %d, "continuation": "%s", "result": "%s", "reason": "%s"}\n' \
+    "$1" "$run" "$job" -1 "$REPLY" "$failures" "$continuation" "$2" "${3//[\"\\]/}" >>"$flag.runs"
+}
+
+# What the last line of FLAG.runs says.
+read_note() { # NAME
+  REPLY=''
+  [[ ! -e $flag.runs ]] || read_member <(tail -n 1 -- "$flag.runs") "$1"
 }
 
 # Never two runs of one job. The lock is COMMAND's too: it holds as long as either of us lives.
@@ -133,7 +145,8 @@ choose_mode() {
 # Queue this job's script to start when this job has ended.
 queue_continuation() {
   local old script=$flag.job words word rest=() options=() cleaned=() name
-  old=$(json_value "$flag.runs" continuation)
+  read_note continuation
+  old=$REPLY
   if [[ -n $old && $old != "$job" ]] && [[ $(squeue --noheader --jobs "$old" --format %T 2>/dev/null) == PENDING ]]; then
     continuation=$old # this job was requeued: what it had queued in its earlier life still waits for it
     return
@@ -170,16 +183,19 @@ cancel_continuation() {
 # -- signals
 
 pass_on() { # SIGNAL
-  if [[ -n $child ]]; then
+  if [[ $child == starting ]]; then
+    early+=" $1"
+  elif [[ -n $child ]]; then
     kill -s "$1" -- "-$child" 2>/dev/null
   fi
 }
 
 stop() { # SIGNAL
-  stopped_by=$1
+  signals=$((signals + 1)) stopped_by=$1
   say "got SIG$1: passing it on, waiting for the command to end, starting no other run"
   pass_on "$1"
-  if [[ -n $continuation ]] && is_cancelled; then
+  pass_on CONT # it may be stopped, and hear nothing else
+  if [[ -n $continuation ]] && (is_cancelled); then
     say "the job was cancelled: cancelling its continuation $continuation"
     cancel_continuation
   fi
@@ -192,8 +208,10 @@ is_cancelled() {
 }
 
 user_signal() { # SIGNAL
+  signals=$((signals + 1))
   if [[ $1 == USR1 && -n $job ]]; then
     say "got SIGUSR1: asking the job to save a checkpoint and to end ($flag.stop)"
+    handing_over=yes
     : >"$flag.stop"
   else
     pass_on "$1"
@@ -204,32 +222,47 @@ user_signal() { # SIGNAL
 
 # Run the command to its end; its exit code goes to $status.
 run_once() {
-  "${command[@]}" 3>&- &
-  child=$!
-  if [[ -n $stopped_by ]]; then
-    pass_on "$stopped_by" # it arrived before there was a child to pass it on to
-  fi
-  wait "$child" 2>/dev/null
-  status=$?
-  while kill -0 "$child" 2>/dev/null; do # a trapped signal has interrupted wait
-    wait "$child" 2>/dev/null
+  local pid signal heard
+  early=$stopped_by child=starting # assignments in one command: no trap runs between them
+  set -m # gives it a process group of its own, a stdin, and a SIGINT that is not ignored
+  "${command[@]}" 2>&3 3>&- &
+  pid=$!
+  set +m
+  while is_starting "$pid"; do sleep 0.01; done
+  child=$pid
+  for signal in $early; do pass_on "$signal"; done
+  while true; do
+    heard=$signals
+    wait "$pid"
     status=$?
+    ((heard != signals)) || break # no signal has interrupted it
   done
   child=''
+}
+
+# Whether a process that we have forked is still this shell, which would keep a signal for itself.
+is_starting() { # PID
+  local ours theirs
+  { mapfile -d '' -t ours <"/proc/$$/cmdline" && mapfile -d '' -t theirs <"/proc/$1/cmdline"; } 2>/dev/null &&
+    [[ ${ours[*]} == "${theirs[*]}" ]]
 }
 
 # The failures in a row that earlier jobs of this chain have noted.
 earlier_failures() {
   failures=0
   [[ -n ${FT_AUTORESUME_CONTINUES:-} ]] || return 0
-  failures=$(json_value "$flag.runs" failures)
-  failures=${failures:-0}
-  run=$(json_value "$flag.runs" run)
-  run=${run:-0}
+  local noted_step
+  read_note failures
+  failures=${REPLY:-0}
+  read_note run
+  run=${REPLY:-0}
+  read_note step
+  noted_step=$REPLY
+  read_note event
+  [[ $REPLY == start ]] || return 0
   # A run whose end is not there was cut off, by a node that failed or a time limit.
-  if [[ $(json_value "$flag.runs" event) == start && $(json_value "$flag.runs" step) == "$(step)" ]]; then
-    failures=$((failures + 1))
-  fi
+  read_member "$flag.progress" step
+  [[ $REPLY != "$noted_step" ]] || failures=$((failures + 1))
 }
 
 end() { # EXIT_CODE RESULT REASON
@@ -241,14 +274,17 @@ end() { # EXIT_CODE RESULT REASON
 end_if_done() {
   if [[ -e $flag ]]; then
     cancel_continuation
-    end 0 complete "training is complete: $flag ($(json_value "$flag" reason))"
+    read_member "$flag" reason
+    end 0 complete "training is complete: $flag ($REPLY)"
   fi
   if ((status == 93)) || [[ -e $flag.gave_up ]]; then
     cancel_continuation
-    end 93 "gave up" "gave up: $(json_value "$flag.gave_up" reason || echo "the command ended with 93")"
+    read_member "$flag.gave_up" reason
+    end 93 "gave up" "gave up: ${REPLY:-the command ended with 93}"
   fi
   if [[ -n $stopped_by ]]; then
-    end $((128 + $(kill -l "$stopped_by"))) stopped "stopped by SIG$stopped_by"
+    local -A numbers=([HUP]=1 [INT]=2 [TERM]=15)
+    end $((128 + numbers[$stopped_by])) stopped "stopped by SIG$stopped_by"
   fi
   if ((failures >= max_failures)); then
     cancel_continuation
@@ -275,7 +311,7 @@ main() {
     say "nothing to run: training is complete, $flag exists; remove it to train anew"
     exit 0
   fi
-  child='' stopped_by='' status=0 continuation='' run=0
+  child='' early='' signals=0 stopped_by='' handing_over='' status=0 continuation='' run=0
   choose_mode
   trap 'stop TERM' TERM
   trap 'stop INT' INT
@@ -297,28 +333,33 @@ main() {
   export FAULT_TOL_FINISHED_FLAG_FILE=$flag
 
   local before
+  [[ ! -t 0 ]] || exec </dev/null # to read from the terminal, in the background, would stop COMMAND for ever
   end_if_done
   while true; do
     rm -f -- "$flag.stop" # it was meant for an earlier run
+    [[ -z $handing_over ]] || hand_over
     run=$((run + 1))
     note start running ''
     say "run $run starts"
-    before=$(progress)
+    read_line "$flag.progress"
+    before=$REPLY
     SECONDS=0
-    run_once
+    run_once 2>/dev/null # where bash says "Killed"
     say "run $run ended with exit code $status after $SECONDS s"
     [[ ! -e $flag ]] || end_if_done
-    if [[ $(progress) != "$before" ]]; then
+    read_line "$flag.progress"
+    if [[ $REPLY != "$before" ]]; then
       failures=0
-      say "a checkpoint of step $(step) was saved"
+      read_member "$flag.progress" step
+      say "a checkpoint of step $REPLY was saved"
     else
       failures=$((failures + 1))
       say "no checkpoint was saved, $failures of $max_failures in a row"
     fi
     end_if_done
-    ((status)) || hand_over
+    [[ $status != 0 && -z $handing_over ]] || hand_over
     note end unfinished "exit code $status"
-    ((failures == 0)) || { sleep 1 & wait $!; } # in the background, so that signals are heard at once
+    ((failures == 0)) || sleep 1
     end_if_done
   done
 }

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import select
 import signal
 import subprocess
 import time
@@ -131,11 +132,19 @@ def test_a_command_that_ignores_the_signal_is_waited_for(run: Callable[..., Star
     assert "LAST" in job.output
 
 
-def test_a_signal_between_two_runs_starts_no_other(run: Callable[..., Started], directory: Path) -> None:
-    job = run("exit 1", "--max-failures=9")
-    job.wait_for_output("no checkpoint was saved, 1 of 9")
-    os.kill(job.pid, signal.SIGTERM)
-    assert job.wait() == 128 + signal.SIGTERM
+@pytest.mark.parametrize("name", ["TERM", "INT", "HUP"])
+def test_a_stop_signal_at_any_moment_ends_it(start: Start, directory: Path, name: str) -> None:
+    """While a command starts, or between two of the runs, which go on and on without a pause."""
+    number = signal.Signals[f"SIG{name}"]
+    save = 'echo $$ >"$FAULT_TOL_FINISHED_FLAG_FILE.progress"; exec sleep 0.02'
+    for moment in range(40):
+        job = start([AUTORESUME, "--flag", f"flag{moment}", "bash", "-c", save], cwd=directory)
+        job.wait_for_output("run 1 ended")
+        time.sleep(moment / 400)  # over the time that one round takes, and not to wait for something
+        os.kill(job.pid, number)
+        assert job.wait(10) == 128 + number, job.output
+        assert job.output.count("got SIG") == 1, job.output
+        assert job.output.endswith(f"stopped by SIG{name}\n"), job.output
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
@@ -150,6 +159,31 @@ def test_user_signals_are_passed_on_and_end_nothing(
     (directory / "go").touch()
     assert job.wait() == 0
     assert starts(directory) == 1
+
+
+def test_a_signal_as_the_command_ends_does_not_change_its_exit_code(run: Callable[..., Started]) -> None:
+    job = run("trap '' USR2; echo UP; sleep 0.3; exit 93")
+    job.wait_for_output("UP")
+    while job.process.poll() is None:
+        os.kill(job.pid, signal.SIGUSR2)
+        time.sleep(0.002)  # a shell that gets the next signal before it has handled the last runs out of stack
+    assert job.wait() == 93
+
+
+def test_a_stopped_command_costs_no_time_and_still_hears_a_stop_signal(run: Callable[..., Started]) -> None:
+    job = run("echo UP; kill -STOP $$; echo ON")
+    job.wait_for_output("UP")
+    before = cpu_seconds(job.pid)
+    time.sleep(1)  # in which waiting in a loop would take a good part of a second
+    assert cpu_seconds(job.pid) - before < 0.3
+    os.kill(job.pid, signal.SIGTERM)
+    assert job.wait() == 128 + signal.SIGTERM
+    assert "ON" not in job.output
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def test_a_command_ended_by_a_signal_is_a_failed_run(run: Callable[..., Started], directory: Path) -> None:
@@ -218,21 +252,41 @@ def test_help_is_the_head_of_the_script(directory: Path) -> None:
     assert "--max-failures N" in done.stdout and "set -u" not in done.stdout
 
 
-def test_ctrl_c_at_a_terminal_stops_the_command_and_the_loop(directory: Path) -> None:
-    script = "trap 'echo ENDS; exit 1' INT; echo UP; while :; do sleep 0.05; done"
+def run_at_a_terminal(directory: Path, script: str) -> tuple[int, int]:
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(directory)
-        os.execv(AUTORESUME, [AUTORESUME, "bash", "-c", script])
+        os.execv(AUTORESUME, [AUTORESUME, "--max-failures=1", "bash", "-c", script])
+    return pid, terminal
+
+
+def read_until(terminal: int, text: bytes) -> bytes:
+    """What the terminal shows until there is the text, or nothing more."""
     seen = b""
     deadline = time.monotonic() + 30
-    while b"UP" not in seen and time.monotonic() < deadline:
-        seen += os.read(terminal, 4096)
+    while text not in seen and time.monotonic() < deadline:
+        try:
+            if select.select([terminal], [], [], 1)[0]:
+                seen += os.read(terminal, 4096)
+        except OSError:  # the terminal is gone with its last process
+            break
+    return seen
+
+
+def test_ctrl_c_at_a_terminal_stops_the_command_and_the_loop(directory: Path) -> None:
+    pid, terminal = run_at_a_terminal(directory, "trap 'echo ENDS; exit 1' INT; echo UP; while :; do sleep 0.05; done")
+    seen = read_until(terminal, b"UP")
     os.write(terminal, b"\x03")
+    seen += read_until(terminal, b"stopped by SIGINT")
     _, status = os.waitpid(pid, 0)
-    try:
-        seen += os.read(terminal, 65536)
-    except OSError:
-        pass  # the terminal is gone with its last process
     assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGINT
     assert b"ENDS" in seen and b"run 2" not in seen
+
+
+def test_a_command_that_reads_at_a_terminal_gets_the_end_of_the_file_and_does_not_hang(directory: Path) -> None:
+    pid, terminal = run_at_a_terminal(directory, "read answer; echo answered: $?")
+    seen = read_until(terminal, b"giving up")
+    if b"giving up" not in seen:
+        os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert b"answered: 1" in seen

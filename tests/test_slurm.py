@@ -217,6 +217,15 @@ def test_usr1_before_the_time_limit_hands_over_to_the_next_job(slurm: Slurm, dir
     assert (directory / "ft_finished.flag").exists()
 
 
+def test_after_usr1_a_failed_run_is_followed_by_none_in_this_job(slurm: Slurm, directory: Path) -> None:
+    job = slurm.submit(directory, str(write_job(directory, "--max-failures=6")), "99", "fail")
+    wait_until(lambda: "no checkpoint was saved, 1 of 6" in output(directory), 60, "a first failure")
+    slurm.call("scancel", "--batch", "--signal=USR1", job)
+    slurm.wait_empty()
+    assert len({line.split()[0] for line in starts(directory)}) == 2, output(directory)
+    assert len(starts(directory)) == 6
+
+
 def test_a_job_that_reaches_its_time_limit_is_gone_on_with(slurm: Slurm, directory: Path) -> None:
     job = slurm.submit(directory, str(write_job(directory)), "2", "wait")
     wait_for_starts(directory, 1)
