@@ -228,7 +228,8 @@ run_once() {
   "${command[@]}" 2>&3 3>&- &
   pid=$!
   set +m
-  while is_starting "$pid"; do sleep 0.01; done
+  # As long as it is a copy of this shell, with our command line, it would keep a signal for itself.
+  while cmp -s "/proc/$$/cmdline" "/proc/$pid/cmdline"; do :; done
   child=$pid
   for signal in $early; do pass_on "$signal"; done
   while true; do
@@ -238,13 +239,6 @@ run_once() {
     ((heard != signals)) || break # no signal has interrupted it
   done
   child=''
-}
-
-# Whether a process that we have forked is still this shell, which would keep a signal for itself.
-is_starting() { # PID
-  local ours theirs
-  { mapfile -d '' -t ours <"/proc/$$/cmdline" && mapfile -d '' -t theirs <"/proc/$1/cmdline"; } 2>/dev/null &&
-    [[ ${ours[*]} == "${theirs[*]}" ]]
 }
 
 # The failures in a row that earlier jobs of this chain have noted.

@@ -216,7 +216,7 @@ def describe_failure(report: Report) -> str:
         return f"{who} ended with exit code {status}"
     if -status != signal.SIGKILL:
         return f"{who} ended by {signal_name(-status)}"
-    memory = f": out of memory, the kernel counts {report['oom_kills']} such kills here meanwhile"
+    memory = f": out of memory, the kernel's count of such kills rose by {report['oom_kills']}"
     return f"{who} ended by SIGKILL, which nobody here sent{memory if report['oom_kills'] else ' (out of memory?)'}"
 
 

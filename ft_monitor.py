@@ -926,12 +926,26 @@ def process_state(pid: int) -> dict[str, str]:
 
 
 def oom_kills() -> int:
-    """How many processes of this host the kernel has killed for want of memory since it was booted. Linux only."""
+    """How many processes the kernel has killed for want of memory: of this control group, or else of this host.
+
+    Linux only. See memory.events in the kernel's documentation of cgroup v2, and memory.oom_control in that of v1.
+    """
+    counters = [Path("/proc/vmstat")]
     try:
-        counters = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers == "memory":
+                counters.insert(0, Path(f"/sys/fs/cgroup/memory{path}/memory.oom_control"))
+            elif not controllers:
+                counters.insert(0, Path(f"/sys/fs/cgroup{path}/memory.events"))
     except OSError:
-        return 0
-    return int(counters.get("oom_kill", 0))
+        pass  # not Linux
+    for counter in counters:
+        try:
+            return int(dict(line.split() for line in counter.read_text().splitlines())["oom_kill"])
+        except (OSError, KeyError):
+            continue  # not mounted here, or an older kernel
+    return 0
 
 
 def signal_session(session: int, number: int) -> None:
@@ -1055,7 +1069,7 @@ class RankMonitor:
             "verdict": None,  # the clock that ran out: {setting, limit, calculated, waited, step}
             "state": {},  # of the process when a clock ran out: {state, wchan}
             "stacks": None,  # whether it wrote its stacks before it was ended; null: it was not asked
-            "oom_kills": 0,  # on this host while the rank ran
+            "oom_kills": 0,  # in its control group, or else on this host, while it ran
             "stopped": None,  # why the monitor ended the rank; null: it ended by itself
             "error": None,  # the exception that ended training
             "status": None,  # exit code, or -N for signal N

@@ -97,7 +97,6 @@ def main() -> None:
         DataLoader(validation, batch_size=32),
         ckpt_path="last",  # 3
     )
-    torch.distributed.destroy_process_group()  # gloo's threads can abort a process that ends without it
 
 
 if __name__ == "__main__":

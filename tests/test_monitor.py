@@ -874,6 +874,43 @@ client.shutdown_workload_monitoring()
     assert re.search(r"no heartbeat for 1\.\d s at step 8, limit 2 s; took its stacks", watched.log[0])
 
 
+@pytest.mark.parametrize(
+    ("files", "kills"),
+    [
+        ({"/proc/vmstat": "nr_free_pages 9\noom_kill 3"}, 3),
+        (
+            {
+                "/proc/self/cgroup": "0::/job\n",
+                "/sys/fs/cgroup/job/memory.events": "max 8\noom 1\noom_kill 1",
+                "/proc/vmstat": "oom_kill 3",
+            },
+            1,
+        ),
+        (
+            {
+                "/proc/self/cgroup": "4:memory:/a:b\n0::/\n",
+                "/sys/fs/cgroup/memory/a:b/memory.oom_control": "under_oom 0\noom_kill 2",
+                "/proc/vmstat": "oom_kill 3",
+            },
+            2,
+        ),
+        ({"/proc/self/cgroup": "0::/\n", "/proc/vmstat": "oom_kill 3"}, 3),
+        ({}, 0),
+    ],
+    ids=["no groups", "cgroup v2", "cgroup v1", "the root group", "not Linux"],
+)
+def test_kills_for_want_of_memory_are_those_of_the_control_group_if_it_counts_them(
+    monkeypatch: pytest.MonkeyPatch, files: dict[str, str], kills: int
+) -> None:
+    def read(path: Path) -> str:
+        if str(path) not in files:
+            raise FileNotFoundError(path)
+        return files[str(path)]
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert ft_monitor.oom_kills() == kills
+
+
 def has_dumps(path: Path, number: int) -> bool:
     return path.read_text().count(" in <module>") == number
 

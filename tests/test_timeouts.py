@@ -19,7 +19,6 @@ from conftest import ROOT, Started, wait_until
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
-from lightning.pytorch.utilities.exceptions import _TunerExitException
 
 import ft_monitor
 from ft_callback import FaultToleranceCallback, TimeoutState, read_kills
@@ -211,17 +210,7 @@ BROKEN = [
 ]  # fmt: skip
 
 
-class Model(BoringModel):
-    def __init__(self, act: Callable[[int], Any] = lambda batch_idx: None) -> None:
-        super().__init__()
-        self.act = act
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        self.act(batch_idx)
-        return super().training_step(batch, batch_idx)
-
-
-def fit(directory: Path, *callbacks: Callback, model: Model | None = None, **options: Any) -> Trainer:
+def fit(directory: Path, *callbacks: Callback, **options: Any) -> Trainer:
     keep = ModelCheckpoint(directory / "checkpoints", save_last=True, every_n_train_steps=10)
     callback = FaultToleranceCallback(autoresume=False, calculate_timeouts=True, exp_dir=directory / "state")
     trainer = Trainer(
@@ -229,7 +218,7 @@ def fit(directory: Path, *callbacks: Callback, model: Model | None = None, **opt
         default_root_dir=directory, callbacks=[callback, keep, *callbacks],
         **{"max_steps": 30, "limit_train_batches": 30, "limit_val_batches": 0, **options},
     )  # fmt: skip
-    trainer.fit(model or Model(), ckpt_path="last")
+    trainer.fit(BoringModel(), ckpt_path="last")
     return trainer
 
 
@@ -302,47 +291,68 @@ def test_heartbeat_timeouts_rest_in_the_first_validation_whose_steps_are_not_kno
     assert stored(tmp_path)[HEARTBEAT] >= 1.5
 
 
-def act_by(error: BaseException) -> Callable[[int], None]:
-    def act(batch_idx: int) -> None:
-        if batch_idx == 25:
-            raise error
+# How a training ends: what a rank does in batch 25, whether timeouts are then calculated, and the launcher's exit code.
+ENDS = {
+    "normal end": ("pass", True, 0),
+    "should_stop": ("self.trainer.should_stop = True", True, 0),
+    "SystemExit(0)": ("raise SystemExit(0)", True, 0),
+    "_TunerExitException": ("raise _TunerExitException", True, 0),
+    "exception": ("raise ValueError('bad')", False, 1),
+    "KeyboardInterrupt": ("raise KeyboardInterrupt", False, 1),
+    "SIGTERM": ("terminate(self.trainer)", False, 128 + signal.SIGTERM),
+}
+SLOW_SECONDS = 0.4  # a step after the last save takes so long: only a calculation at the end takes it in
 
-    return act
+ENDING = """
+import atexit, os, signal, sys, time
+import torch.distributed as dist
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.utilities.exceptions import _TunerExitException
+from ft_callback import FaultToleranceCallback
 
+def terminate(trainer):
+    if os.environ["RANK"] == "0":
+        os.kill(int(open("launcher.pid").read()), signal.SIGTERM)
+    while not trainer.received_sigterm:
+        time.sleep(0.01)
 
-def terminate(batch_idx: int) -> None:
-    if batch_idx == 25:
-        os.kill(os.getpid(), signal.SIGTERM)
+atexit.register(lambda: print("a process group is left:", dist.is_initialized()))
 
-
-@pytest.mark.parametrize(
-    ("act", "shown", "calculates"),
-    [
-        (lambda batch_idx: None, None, True),
-        (act_by(SystemExit(0)), SystemExit, True),
-        (act_by(_TunerExitException()), None, True),
-        (act_by(ValueError("bad")), ValueError, False),
-        (act_by(KeyboardInterrupt()), SystemExit, False),
-        (terminate, SystemExit, False),
-    ],
-    ids=["normal end", "SystemExit(0)", "_TunerExitException", "exception", "KeyboardInterrupt", "SIGTERM"],
-)
-def test_timeouts_are_calculated_at_an_end_and_at_a_clean_stop_but_never_on_a_failure(
-    heard: Heard, tmp_path: Path, act: Callable[[int], Any], shown: type[BaseException] | None, calculates: bool
-) -> None:
-    slow = 0.4  # a step after the last save, which only a calculation at the end takes in
-
-    def slow_then_act(batch_idx: int) -> None:
+class Model(BoringModel):
+    def training_step(self, batch, batch_idx):
         if batch_idx == 23:
-            time.sleep(slow)
-        act(batch_idx)
+            time.sleep(float(sys.argv[1]))
+        if batch_idx == 25:
+            exec(sys.argv[2])
+        return super().training_step(batch, batch_idx)
 
-    if shown is None:
-        fit(tmp_path, model=Model(slow_then_act), max_steps=28)
-    else:
-        with pytest.raises(shown):
-            fit(tmp_path, model=Model(slow_then_act), max_steps=28)
-    assert (stored(tmp_path)[HEARTBEAT] >= slow * 5) is calculates
+Trainer(
+    accelerator="cpu", devices=int(os.environ["WORLD_SIZE"]), logger=False, enable_progress_bar=False,
+    enable_model_summary=False, max_steps=28, limit_train_batches=30, limit_val_batches=0,
+    callbacks=[
+        FaultToleranceCallback(autoresume=False, calculate_timeouts=True, exp_dir="state"),
+        ModelCheckpoint("checkpoints", save_last=True, every_n_train_steps=10),
+    ],
+).fit(Model())
+"""
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("action", "calculates", "code"), ENDS.values(), ids=ENDS)
+def test_at_an_end_and_a_clean_stop_timeouts_are_calculated_and_gloo_is_destroyed_but_never_on_a_failure(
+    start: Callable[..., Started], tmp_path: Path, action: str, calculates: bool, code: int, ranks: int
+) -> None:
+    (tmp_path / "train.py").write_text(ENDING)
+    job = start([
+        sys.executable, ROOT / "ft_launcher.py", f"--nproc-per-node={ranks}", "--ft-run-dir=runs", "--ft-min-timeout=1",
+        "train.py", SLOW_SECONDS, action,
+    ])  # fmt: skip
+    (tmp_path / "launcher.pid").write_text(str(job.pid))
+    assert job.wait() == code, job.output
+    assert (stored(tmp_path)[HEARTBEAT] >= SLOW_SECONDS * 5) is calculates, job.output
+    assert ("a process group is left: True" in job.output) is (ranks == 2 and not calculates), job.output
 
 
 def test_a_run_without_any_timeout_says_what_to_set(heard: Heard, tmp_path: Path) -> None:
@@ -350,7 +360,7 @@ def test_a_run_without_any_timeout_says_what_to_set(heard: Heard, tmp_path: Path
         accelerator="cpu", logger=False, default_root_dir=tmp_path, callbacks=[FaultToleranceCallback(False)]
     )
     with pytest.raises(RuntimeError, match=r"--ft-rank-heartbeat-timeout=SECONDS, or .*calculate_timeouts=True"):
-        trainer.fit(Model())
+        trainer.fit(BoringModel())
 
 
 def test_a_directory_that_cannot_be_written_is_one_clear_error(heard: Heard, tmp_path: Path) -> None:

@@ -217,8 +217,8 @@ FAILURES = {
     "rank 1 (pid 1001) ended with exit code 7": report(1, stopped=None, status=7),
     "rank 1 (pid 1001) ended by SIGSEGV": report(1, stopped=None, status=-11),
     "rank 1 (pid 1001) ended by SIGKILL, which nobody here sent (out of memory?)": report(1, stopped=None),
-    "rank 1 (pid 1001) ended by SIGKILL, which nobody here sent: out of memory, the kernel counts 2 such kills here "
-    "meanwhile": report(1, stopped=None, oom_kills=2),
+    "rank 1 (pid 1001) ended by SIGKILL, which nobody here sent: out of memory, the kernel's count of such kills rose "
+    "by 2": report(1, stopped=None, oom_kills=2),
 }
 
 
