@@ -866,8 +866,10 @@ def is_half_full(descriptor: int) -> bool:
 
 def is_writable_pipe(descriptor: str) -> bool:
     try:
-        return stat.S_ISFIFO(os.fstat(int(descriptor)).st_mode)
-    except (ValueError, OSError):
+        number = int(descriptor)
+        is_writable = fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY
+        return is_writable and stat.S_ISFIFO(os.fstat(number).st_mode)
+    except (ValueError, OverflowError, OSError):
         return False
 
 

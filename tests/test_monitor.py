@@ -492,15 +492,16 @@ def client(pipe: PipeOfTheClient) -> Iterator[RankMonitorClient]:
     client.shutdown_workload_monitoring()
 
 
-@pytest.mark.parametrize("descriptor", [None, "", "text", "-1", "12345", "a file", "a socket"])
+@pytest.mark.parametrize("descriptor", [None, "", "text", "-1", "12345", "9" * 20, "a file", "a socket", "a read end"])
 def test_without_a_monitor_the_client_says_how_to_start_one(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, descriptor: str | None
 ) -> None:
-    with open(tmp_path / "file", "w") as file, socket.socket() as a_socket:
-        numbers = {"a file": str(file.fileno()), "a socket": str(a_socket.fileno())}
+    pipe = os.pipe()
+    with open(tmp_path / "file", "w") as file, socket.socket() as a_socket, open(pipe[0]) as reader, open(pipe[1], "w"):
+        numbers = {"a file": file.fileno(), "a socket": a_socket.fileno(), "a read end": reader.fileno()}
         monkeypatch.delenv("FT_MONITOR_FD", raising=False)
         if descriptor is not None:
-            monkeypatch.setenv("FT_MONITOR_FD", numbers.get(descriptor, descriptor))
+            monkeypatch.setenv("FT_MONITOR_FD", str(numbers.get(descriptor, descriptor)))
         client = RankMonitorClient()
         with pytest.raises(RankMonitorClientError, match=r"Start it with: python ft_launcher\.py") as caught:
             client.init_workload_monitoring()
