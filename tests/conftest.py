@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup lets all that tests start ignore it, which bash cannot undo
 
 
 def wait_until(condition: Callable[[], Any], limit: float = 60.0, what: str = "") -> Any:
