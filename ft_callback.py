@@ -40,6 +40,7 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
+import itertools
 import json
 import logging
 import math
@@ -53,6 +54,7 @@ import sys
 import threading
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,7 +92,6 @@ FAULT_SIGNALS = {"rank_killed": signal.SIGKILL, "rank_hung": signal.SIGSTOP}
 FLAG_VARIABLE = "FAULT_TOL_FINISHED_FLAG_FILE"
 FIRST_BATCH, FINISHING = "first_batch", "finishing"
 UNFINISHED = ".ft_unfinished"  # ends the name of a checkpoint that is being written
-LAST_PATTERN = "last*.ckpt"  # where ckpt_path="last" looks
 STOP_CHECK_SECONDS = 2.0  # between looks for FLAG.stop
 MIN_BATCHES = 16  # training batches before heartbeat timeouts are calculated
 HEARTBEAT = "rank_heartbeat_timeout"
@@ -111,10 +112,11 @@ class AtomicCheckpointIO(pl.plugins.io.TorchCheckpointIO):  # type: ignore[name-
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        target = Path(path)
+        target = Path(path).expanduser()
         target.parent.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(target.parent)
         # In the target's directory: a rename from another file system is a copy, and a kill leaves half of it.
-        beside = target.with_name(f".{target.name}.{socket.gethostname()}.{os.getpid()}{UNFINISHED}")
+        beside = unfinished(target)
         try:
             with open(beside, "wb") as file:
                 torch.save(checkpoint, file)
@@ -122,48 +124,98 @@ class AtomicCheckpointIO(pl.plugins.io.TorchCheckpointIO):  # type: ignore[name-
                 os.fsync(file.fileno())
             os.replace(beside, target)
         except BaseException:
-            beside.unlink(missing_ok=True)
+            discard(beside)
             raise
-        directory = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)  # the rename itself
-        finally:
-            os.close(directory)
+        sync_directory(target.parent)
 
 
-def is_complete(path: Path) -> bool:
-    """Whether a checkpoint file has its end, as far as that shows without reading it all."""
+def unfinished(target: Path) -> Path:
+    """Where this process writes what is to become `target`; no longer than a name may be, however long the target's."""
+    name = f".{zlib.crc32(target.name.encode()):08x}.{socket.gethostname()}.{os.getpid()}{UNFINISHED}"
+    return target.with_name(name)
+
+
+def discard(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        pass  # what made the write fail matters more
+
+
+def sync_directory(directory: Path) -> None:
+    """Bring a rename to the disk, where the file system can."""
+    try:
+        descriptor = os.open(directory, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass  # some network file systems refuse it; the file itself is on the disk
+    finally:
+        os.close(descriptor)
+
+
+def is_complete(path: Path, member: bytes = b"") -> bool:
+    """Whether a file of torch.save has all its parts, as far as that shows without reading them.
+
+    `member`: a key that its top level must have, such as b"optimizer_states", which a file of weights alone lacks.
+    """
     with open(path, "rb") as file:
         head = file.read(4)
-    if head[:2] == b"PK":  # torch.save writes a zip file, whose directory is its end
+        if head != b"PK\3\4":
+            return head[:1] == b"\x80" and not member  # a pickle, as torch wrote before 1.6; else empty or damaged
         try:
-            with zipfile.ZipFile(path) as archive:
-                return bool(archive.infolist())
-        except (zipfile.BadZipFile, OSError):
+            with zipfile.ZipFile(file) as archive:  # whose directory is its end
+                parts = archive.infolist()
+                pickles = [part for part in parts if part.filename.endswith("/data.pkl")]
+                is_whole = all(0 <= part.header_offset < archive.start_dir - part.compress_size for part in parts)
+                return is_whole and bool(pickles) and (not member or member in archive.read(pickles[0]))
+        except (zipfile.BadZipFile, OSError, EOFError):
             return False
-    return (
-        len(head) == 4 and head.strip(b"\0") != b""
-    )  # another format; a crash leaves empty files, and such with only zeros
 
 
-def set_broken_checkpoints_aside(directory: Path, pattern: str) -> list[str]:
-    """Put the newest complete checkpoint in the place of each that matches and is not; return a line for each."""
+def set_broken_checkpoints_aside(paths: Iterable[Path]) -> list[str]:
+    """Put the newest complete checkpoint in the place of each that is not; return a line for each.
+
+    At any moment there is a file in each place, lest a kill or a full disk let the training start anew.
+    """
     lines = []
-    for broken in sorted(directory.glob(pattern)):
+    for broken in sorted(paths):
         if not broken.is_file() or is_complete(broken):
             continue
-        aside = broken.with_name(f"{broken.name}.corrupt")
-        os.replace(broken, aside)
-        good = [path for path in directory.glob("*.ckpt") if path.is_file() and is_complete(path)]
+        aside = unused_name(broken)
+        good = [path for path in broken.parent.rglob("*.ckpt") if path.is_file() and is_resumable(path)]
         newest = max(good, key=lambda path: path.stat().st_mtime, default=None)
         if newest is None:
-            lines.append(f"{broken} is not complete, now {aside.name}; {directory} has no complete checkpoint")
+            os.replace(broken, aside)
+            lines.append(
+                f"{broken} is not complete, now {aside.name}; {broken.parent} has no complete checkpoint: the next "
+                "attempt starts at step 0"
+            )
             continue
-        beside = broken.with_name(f".{broken.name}.{socket.gethostname()}.{os.getpid()}{UNFINISHED}")
-        shutil.copyfile(newest, beside)
-        os.replace(beside, broken)
+        beside = unfinished(broken)
+        try:
+            shutil.copyfile(newest, beside)
+            with open(beside, "rb") as file:
+                os.fsync(file.fileno())
+            os.link(broken, aside)
+            os.replace(beside, broken)
+        except OSError:
+            discard(beside)
+            raise
         lines.append(f"{broken} is not complete, now {aside.name}; going on from a copy of {newest.name}")
     return lines
+
+
+def is_resumable(path: Path) -> bool:
+    return is_complete(path, member=b"optimizer_states")
+
+
+def unused_name(path: Path) -> Path:
+    """last.ckpt.corrupt, or last.ckpt.corrupt-1 ...: nothing that was set aside is ever overwritten."""
+    names = itertools.chain([".corrupt"], (f".corrupt-{number}" for number in itertools.count(1)))
+    return next(name for name in (path.with_name(path.name + suffix) for suffix in names) if not name.exists())
 
 
 def remove_unfinished(directory: Path) -> None:
@@ -174,27 +226,54 @@ def remove_unfinished(directory: Path) -> None:
         try:
             if is_dead or path.stat().st_mtime < time.time() - 3600:
                 path.unlink()
-        except FileNotFoundError:
-            continue
+        except OSError:
+            continue  # another process did it, or may do it
 
 
-def checkpoint_directories(trainer: pl.Trainer) -> list[Path]:
-    """Where ModelCheckpoints of this training write, as far as that is fixed, and local."""
-    directories = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
-    return [Path(directory) for directory in directories if directory and "://" not in str(directory)]
+def point_link(link: Path, target: Path) -> None:
+    """Let a symbolic link point elsewhere, with no moment at which it is missing."""
+    beside = unfinished(link)
+    discard(beside)
+    beside.symlink_to(os.path.relpath(target, link.parent))
+    if link.is_dir() and not link.is_symlink():
+        shutil.rmtree(link)  # a sharded checkpoint
+    os.replace(beside, link)
 
 
-def why_not_resumed(trainer: pl.Trainer, checkpoint: Path) -> str:
+def last_checkpoints(trainer: pl.Trainer) -> list[Path]:
+    """The local files that ckpt_path="last" chooses from."""
+    found: set[str] = set()
+    for keeper in trainer.checkpoint_callbacks:
+        if hasattr(keeper, "_find_last_checkpoints"):
+            found |= keeper._find_last_checkpoints(trainer)
+        elif getattr(keeper, "ckpt_path", None):  # OnExceptionCheckpoint
+            found.add(str(keeper.ckpt_path))  # type: ignore[attr-defined]
+    return [Path(path) for path in found if "://" not in path]
+
+
+def checkpoint_directories(trainer: pl.Trainer) -> list[str]:
+    """Where ModelCheckpoints of this training write, as far as that is known."""
+    directories = [getattr(keeper, "dirpath", None) for keeper in trainer.checkpoint_callbacks]
+    return [str(directory) for directory in directories if directory]
+
+
+def why_not_resumed(trainer: pl.Trainer, checkpoint: str) -> str:
     """Why a training starts at step 0 although `checkpoint` was saved, and the line to change."""
-    directories = [directory.absolute() for directory in checkpoint_directories(trainer)]
-    if not checkpoint.exists():
+    is_remote = "://" in checkpoint
+    if not is_remote and not os.path.exists(checkpoint):
         return f"the file is not there any more: {checkpoint}"
-    if checkpoint.absolute().parent not in directories:
-        now = ", ".join(map(str, directories)) or "nowhere"
-        return f"this run looks in {now}: give ModelCheckpoint(dirpath=...) a directory that is the same in every run"
-    if not list(checkpoint.parent.glob(LAST_PATTERN)):
-        return "no last checkpoint is kept: give ModelCheckpoint(save_last=True)"
-    return 'the script does not ask for it: trainer.fit(..., ckpt_path="last")'
+    directories = checkpoint_directories(trainer)
+    causes = []
+    if os.path.dirname(checkpoint) not in [*directories, *map(os.path.realpath, directories)]:
+        now = ", ".join(directories) or "nowhere"
+        causes.append(
+            f"this run looks in {now}: give ModelCheckpoint(dirpath=...) a directory that is the same in every run"
+        )
+    if not any(getattr(keeper, "save_last", None) for keeper in trainer.checkpoint_callbacks):
+        causes.append("no last checkpoint is kept: give ModelCheckpoint(save_last=True)")
+    elif not causes and not is_remote and not any(path.exists() for path in last_checkpoints(trainer)):
+        causes.append(f"there is no last checkpoint: copy {checkpoint} to {os.path.dirname(checkpoint)}/last.ckpt")
+    return "; ".join(causes) or 'the script does not ask for it: trainer.fit(..., ckpt_path="last")'
 
 
 # -------------------------------------------------------------------------------------------- simulated faults
@@ -328,6 +407,7 @@ class FaultToleranceCallback(pl.Callback):
         self._early_stops: list[tuple[int, str | None]] = []  # that are part of the checkpoint
         self._loaded = False  # a checkpoint
         self._saved = False  # a checkpoint
+        self._superseded: list[str] = []  # checkpoints that ModelCheckpoint has asked to remove
         self._fit_ended = False  # and not by an exception
 
     # -- hooks
@@ -352,14 +432,15 @@ class FaultToleranceCallback(pl.Callback):
         self._in_training = True
         self._early_stops = early_stops(trainer)
         self._heartbeat(trainer)
-        if trainer.global_step == 0 and trainer.is_global_zero and self._client.is_initialized:
-            self._check_resume(trainer)
+        if self._client.is_initialized:
+            self._check_start(trainer)
         self._enter(FIRST_BATCH)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         self._leave(FIRST_BATCH)
         self._batches += 1
         self._heartbeat(trainer)
+        self._remove_superseded(trainer)
         if self._batches == MIN_BATCHES:
             self._update_timeouts(trainer)
         if self._batches == self._next_stop_check:
@@ -396,6 +477,7 @@ class FaultToleranceCallback(pl.Callback):
             return
         self._leave(FINISHING)
         self._update_timeouts(trainer)
+        self._remove_superseded(trainer)
         self._unwatch_saves(trainer)
         reason = self._why_complete(trainer)
         if self.autoresume and reason is not None and trainer.is_global_zero:
@@ -451,10 +533,16 @@ class FaultToleranceCallback(pl.Callback):
         trainer.save_checkpoint = functools.partial(self._save_checkpoint, trainer)  # type: ignore[method-assign]
         writer = file_writer(trainer)
         writer.save_checkpoint = functools.partial(self._write_checkpoint, trainer, writer)
+        links = [keeper for keeper in trainer.checkpoint_callbacks if getattr(keeper, "save_last", None) == "link"]
+        for keeper in links:
+            keeper._link_checkpoint = self._link_checkpoint  # type: ignore[attr-defined]
+        if links or is_asynchronous(trainer):
+            trainer.strategy.checkpoint_io.remove_checkpoint = self._superseded.append  # type: ignore[method-assign,assignment]
 
     def _unwatch_saves(self, trainer: pl.Trainer) -> None:
-        for watched in (trainer, file_writer(trainer)):
-            vars(watched).pop("save_checkpoint", None)
+        for watched in (trainer, file_writer(trainer), trainer.strategy.checkpoint_io, *trainer.checkpoint_callbacks):
+            for name in ("save_checkpoint", "remove_checkpoint", "_link_checkpoint"):
+                vars(watched).pop(name, None)
 
     def _save_checkpoint(self, trainer: pl.Trainer, filepath: Any, *args: Any, **kwargs: Any) -> None:
         """In the place of Trainer.save_checkpoint, which all ranks call."""
@@ -479,9 +567,8 @@ class FaultToleranceCallback(pl.Callback):
         self, trainer: pl.Trainer, writer: Any, checkpoint: dict[str, Any], path: Any, *args: Any, **kwargs: Any
     ) -> None:
         """In the place of CheckpointIO.save_checkpoint, on global rank 0 alone, and in a thread if asynchronous."""
-        # Lightning's own IO is made safe; whoever has chosen another keeps it.
         start = time.monotonic()
-        if type(writer).__name__ == "TorchCheckpointIO":
+        if is_lightnings_own(writer):  # is made safe; whoever has chosen another keeps it
             AtomicCheckpointIO().save_checkpoint(checkpoint, path, *args, **kwargs)
         else:
             type(writer).save_checkpoint(writer, checkpoint, path, *args, **kwargs)
@@ -490,13 +577,30 @@ class FaultToleranceCallback(pl.Callback):
             self._client.observe(section_setting(FINISHING), time.monotonic() - start)
             self._note_progress(trainer, checkpoint.get("global_step", 0), checkpoint.get("epoch", 0), path)
 
+    def _link_checkpoint(self, trainer: pl.Trainer, filepath: str, linkpath: str) -> None:
+        """In the place of ModelCheckpoint's, which removes the old link first, and may link what is not written yet."""
+        if trainer.is_global_zero and os.path.abspath(filepath) != os.path.abspath(linkpath):
+            after_writes(trainer, point_link, Path(linkpath), Path(filepath))
+        trainer.strategy.barrier()
+
+    def _remove_superseded(self, trainer: pl.Trainer) -> None:
+        """Remove what ModelCheckpoint keeps no longer. It asks for that before the next one is written and linked."""
+        for path in self._superseded:
+            after_writes(
+                trainer, type(trainer.strategy.checkpoint_io).remove_checkpoint, trainer.strategy.checkpoint_io, path
+            )
+        self._superseded.clear()
+
     def _note_progress(self, trainer: pl.Trainer, step: int, epoch: int, path: Any) -> None:
         if not trainer.is_global_zero:
             return
         self._client.report_saved(step)
-        values = {"step": step, "epoch": epoch, "checkpoint": absolute(path), "time": timestamp()}
+        values = {"step": step, "epoch": epoch, "checkpoint": absolute(path), "time": timestamp(), "by": this_attempt()}
         for progress in self._progress_files():
-            write_json(progress, values)
+            try:
+                write_json(progress, values)
+            except OSError as error:
+                self.logger.warning("cannot note in %s that step %d was saved: %s", progress, step, error)
 
     def _progress_files(self) -> list[Path]:
         """Where the newest checkpoint is noted: for later runs, and for later attempts of this launcher."""
@@ -504,15 +608,26 @@ class FaultToleranceCallback(pl.Callback):
         files = [Path(f"{flag}.progress")] if self.autoresume and flag else []
         return files + ([Path(run_dir) / "progress.json"] if run_dir else [])
 
+    def _check_start(self, trainer: pl.Trainer) -> None:
+        """A training that is restarted from nothing, or on some ranks alone, costs more than any fault."""
+        step = trainer.global_step
+        highest, minus_lowest = maximum_of_ranks([step, -step])
+        if highest != -minus_lowest:
+            raise RuntimeError(
+                f"ranks start at different steps, from {-int(minus_lowest)} to {int(highest)}: they found different "
+                "checkpoints; give ModelCheckpoint(dirpath=...) a directory that all nodes share"
+            )
+        if step == 0 and trainer.is_global_zero:
+            self._check_resume(trainer)
+
     def _check_resume(self, trainer: pl.Trainer) -> None:
-        """A training that is restarted from nothing costs more than any fault: it must not go unnoticed."""
         for progress in self._progress_files():
             try:
                 values = json.loads(progress.read_text(encoding="utf-8"))
-                step, checkpoint = int(values["step"]), Path(values["checkpoint"])
+                step, checkpoint, by = int(values["step"]), str(values["checkpoint"]), values.get("by")
             except (OSError, ValueError, KeyError, TypeError):
                 continue
-            if step > 0:
+            if step > 0 and (by is None or by != this_attempt()):  # not by an earlier fit of this same process
                 self.logger.warning(
                     "*** TRAINING STARTS AT STEP 0 ALTHOUGH STEP %d WAS SAVED ***\n*** in %s\n*** %s",
                     step, checkpoint, why_not_resumed(trainer, checkpoint),
@@ -521,10 +636,14 @@ class FaultToleranceCallback(pl.Callback):
 
     def _prepare_checkpoints(self, trainer: pl.Trainer) -> None:
         """Before Lightning reads the checkpoint that it resumes from."""
-        for directory in checkpoint_directories(trainer):
+        if not is_lightnings_own(file_writer(trainer)):
+            return  # who knows what its files look like
+        lasts = last_checkpoints(trainer)
+        local = [directory for directory in checkpoint_directories(trainer) if "://" not in directory]
+        for directory in {Path(directory) for directory in local}.union(path.parent for path in lasts):
             remove_unfinished(directory)
-            for line in set_broken_checkpoints_aside(directory, LAST_PATTERN):
-                self.logger.warning("%s", line)
+        for line in set_broken_checkpoints_aside(lasts):
+            self.logger.warning("%s", line)
 
     # -- timeouts
 
@@ -641,6 +760,7 @@ class FaultToleranceCallback(pl.Callback):
         if not answer[0]:
             return
         self._save_last_checkpoint(trainer)
+        trainer.strategy.checkpoint_io.teardown()  # wait for asynchronous writers, as Lightning does after teardown
         if trainer.is_global_zero:
             request.unlink(missing_ok=True)
             self.logger.info(
@@ -710,22 +830,49 @@ def timestamp() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
+def this_attempt() -> str | None:
+    """The directory of this attempt's evidence, another for each attempt of each launcher; None without a launcher."""
+    run_dir = os.environ.get("FT_RUN_DIR")
+    return f"{run_dir}/attempt_{os.environ.get('FT_ATTEMPT') or 0}" if run_dir else None
+
+
+def checkpoint_ios(trainer: pl.Trainer) -> list[Any]:
+    """The CheckpointIO and those that it wraps, outermost first."""
+    ios: list[Any] = [trainer.strategy.checkpoint_io]
+    while getattr(ios[-1], "checkpoint_io", None) is not None:
+        ios.append(ios[-1].checkpoint_io)
+    return ios
+
+
+def file_writer(trainer: pl.Trainer) -> Any:
+    """The innermost CheckpointIO, which writes the files."""
+    return checkpoint_ios(trainer)[-1]
+
+
+def is_lightnings_own(writer: Any) -> bool:
+    kind = type(writer)
+    is_theirs = kind.__module__.partition(".")[0] in ("lightning", "pytorch_lightning", "lightning_fabric")
+    return kind is AtomicCheckpointIO or (kind.__name__ == "TorchCheckpointIO" and is_theirs)
+
+
 def is_asynchronous(trainer: pl.Trainer) -> bool:
     """Whether a thread writes the checkpoints, so that saving returns before they are on disk."""
-    return is_a(trainer.strategy.checkpoint_io, "AsyncCheckpointIO")
+    return any(is_a(io, "AsyncCheckpointIO") for io in checkpoint_ios(trainer))
+
+
+def after_writes(trainer: pl.Trainer, function: Callable[..., Any], *args: Any) -> None:
+    """Call a function now, or, where a thread writes the checkpoints, there, after those that wait to be written."""
+    threads = filter(None, (getattr(io, "_executor", None) for io in checkpoint_ios(trainer)))
+    thread = next(threads, None)
+    if thread is None:
+        function(*args)
+    else:
+        thread.submit(function, *args)
 
 
 def is_a(thing: object, name: str) -> bool:
     """Whether something is of Lightning's class `name`, of whichever of its two packages."""
     return any(base.__name__ == name and "lightning" in base.__module__ for base in type(thing).__mro__)
-
-
-def file_writer(trainer: pl.Trainer) -> Any:
-    """The innermost CheckpointIO, which writes the files."""
-    writer = trainer.strategy.checkpoint_io
-    while getattr(writer, "checkpoint_io", None) is not None:
-        writer = writer.checkpoint_io  # type: ignore[attr-defined]
-    return writer
 
 
 def read_kills(notes: Iterable[Path]) -> dict[str, int]:
