@@ -35,8 +35,8 @@ Clocks, in seconds; "none" is never. The first that runs out decides.
     rank_out_of_section_timeout     init, or last section left   next section entered
     exit_timeout                    bye with an error            process end
 Heartbeat clocks rest while a section that has a timeout is open, and start anew when it is left.
-Timeouts can be calculated: the longest time on a clock that any rank has seen, times safety_factor, and at least
-min_timeout.
+Timeouts can be calculated: the longest time on a clock that any rank has seen, times safety_factor, averaged with what
+earlier runs have calculated, and at least min_timeout.
 
 How a rank is ended
     half of a clock passed               a warning and its stacks; nothing is ended
@@ -69,6 +69,7 @@ import logging
 import math
 import multiprocessing
 import os
+import select
 import signal
 import socket
 import stat
@@ -99,7 +100,7 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE = 1, 4  # options of prctl(2)
 PARENT_DIED = signal.SIGURG  # sent by the kernel; by default a process ignores it, so a stray one is harmless
 
 # To a rank, not to a monitor, and so no clash with PARENT_DIED.
-STACKS_SIGNAL = signal.SIGURG  # also ignored by default: before a rank has armed it, and while it is finalized
+STACKS_SIGNAL = signal.SIGURG  # ignored by default too: harmless to a rank that has not armed it, or is shutting down
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 PASSED_ON_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
 PEER_FAILED = signal.SIGABRT
@@ -120,7 +121,10 @@ def parse_seconds(value: Any) -> float | None:
     """A timeout in seconds from a number or text; None, "none" and "null" are never."""
     if value is None or (isinstance(value, str) and value.strip().lower() in ("none", "null", "")):
         return None
-    return parse_positive(value)
+    try:
+        return parse_positive(value)
+    except ConfigError as error:
+        raise ConfigError(f"{error}, or none") from None
 
 
 def parse_positive(value: Any) -> float:
@@ -170,6 +174,15 @@ def parse_log_level(value: Any) -> str:
     return str(name)
 
 
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, in which a setting that is given twice is an error, and not the last one that counts."""
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"setting {name!r} is given {names.count(name)} times: give it once")
+    return dict(pairs)
+
+
 def setting(parse: Callable[[Any], Any], default: Any, meaning: str) -> Any:
     """A field of the configuration: `parse` validates what a flag, a file or the environment gives."""
     factory = dict if default == {} else lambda: default
@@ -209,7 +222,7 @@ class FaultToleranceConfig:
     rank_termination_signal: str = setting(
         parse_signal, "SIGKILL", "what a hung rank is sent; SIGKILL follows after 5 s"
     )
-    log_level: str = setting(parse_log_level, "INFO", "of the launcher, the monitors and the callback")
+    log_level: str = setting(parse_log_level, "INFO", "of the launcher and the monitors")
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -225,21 +238,22 @@ class FaultToleranceConfig:
         names = [field.name for field in dataclasses.fields(cls)]
         for name in values:
             if name not in names:
-                close = difflib.get_close_matches(name, names, n=1, cutoff=0)[0]
-                raise ConfigError(f"unknown setting {name!r}; did you mean {close!r}?")
+                close = difflib.get_close_matches(name, names, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"expected some of {', '.join(names)}"
+                raise ConfigError(f"unknown setting {name!r}; {hint}")
         return cls(**values)
 
     @classmethod
     def from_json_file(cls, path: str | os.PathLike[str]) -> FaultToleranceConfig:
         """Read settings from a JSON object, or from its member "fault_tolerance" where it has one."""
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            values = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=without_duplicates)
             if isinstance(values, dict) and isinstance(values.get("fault_tolerance"), dict):
                 values = values["fault_tolerance"]
             return cls.from_mapping(values)
         except OSError as error:
             raise ConfigError(f"cannot read the configuration {os.fspath(path)!r}: {error.strerror}") from None
-        except ValueError as error:  # broken JSON, not text, or a ConfigError
+        except (ValueError, RecursionError) as error:  # broken JSON, not text, or a ConfigError
             raise ConfigError(f"configuration {os.fspath(path)!r}: {error}") from None
 
     @classmethod
@@ -252,7 +266,7 @@ class FaultToleranceConfig:
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> FaultToleranceConfig:
-        """Flags beat the file of --ft-cfg-path, which beats FT_CONFIG, which beats the defaults."""
+        """Flags beat the file of --ft-cfg-path, or FT_CONFIG where there is no file; these beat the defaults."""
         path = args.ft_cfg_path
         base = cls.from_json_file(path) if path else cls.from_environment()
         flags = {field.name: getattr(args, f"ft_{field.name}") for field in dataclasses.fields(cls)}
@@ -420,7 +434,7 @@ class Lap(NamedTuple):
 
 
 class Clocks:
-    """What a rank has told so far, and which clocks therefore run. Pure: `now` goes in, in seconds.
+    """What a rank has told so far, and which clocks therefore run. No I/O: `now` goes in, in seconds.
 
     Sections in `measured` rest the heartbeat clocks even if they have no timeout.
     """
@@ -453,7 +467,7 @@ class Clocks:
         return [Lap(clock.setting, now - clock.since, clock.limit) for clock in stopped]
 
     def restart(self, now: float) -> None:
-        """Start all running clocks anew, for a time in which nobody could run."""
+        """Start all running clocks anew, after a time in which nothing could run."""
         self.started = now
         self.sections = dict.fromkeys(self.sections, now)
         for name in ("connected", "heartbeat", "left_timed", "left_any", "over"):
@@ -587,9 +601,9 @@ class RankMonitorClient:
     def init_workload_monitoring(self, measure: Collection[str] = ()) -> None:
         """Connect to the monitor.
 
-        Sections that have an entry in `rank_section_timeouts`, and those named in `measure`, are timed sections for
-        the calculation of timeouts. Raises RankMonitorClientError (a RuntimeError) when this process was not started
-        by ft_launcher.py or ft_monitor.py, or is connected already.
+        Sections that have an entry in `rank_section_timeouts`, and those named in `measure`, are measured, so that
+        their timeouts can be calculated. Raises RankMonitorClientError (a RuntimeError) when this process was not
+        started by ft_launcher.py or ft_monitor.py, or is connected already.
         """
         if self.is_initialized:
             raise RankMonitorClientError("already connected: call shutdown_workload_monitoring() first")
@@ -635,10 +649,10 @@ class RankMonitorClient:
     def report_saved(self, step: int) -> None:
         """Say that the checkpoint of `step` is safely on disk. Without a connection, do nothing."""
         if self.is_initialized:
-            self._send("saved", step=step)
+            self._send("saved", step=int(step))
 
     def send_workload_control_request(self, req: WorkloadControlRequest) -> None:
-        """Ask the launcher for something that it does when this attempt ends, which it does when a rank fails."""
+        """Ask the launcher for an action, which it takes when this attempt ends: when a rank fails."""
         self._send("request", action=req.action.name, reason=req.description)
 
     def shutdown_workload_monitoring(self, error: str | None = None) -> None:
@@ -727,10 +741,11 @@ class RankMonitorClient:
 
     def _report_uncaught_errors(self) -> None:
         """Let the monitor know of the exception that ends the process, unless monitoring is over by then."""
-        previous = sys.excepthook
+        previous, pid = sys.excepthook, os.getpid()
 
         def report(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-            self.shutdown_workload_monitoring(describe_error(error))
+            if os.getpid() == pid:  # a forked child has inherited this
+                self.shutdown_workload_monitoring(describe_error(error))
             previous(kind, error, trace)
 
         sys.excepthook = report
@@ -738,7 +753,7 @@ class RankMonitorClient:
     def _calculate(self, settings: Sequence[str], skip_if_not_ready: bool) -> bool:
         if self._pipe is None:
             raise RankMonitorClientError("not connected: call init_workload_monitoring() first")
-        # A section that has no timeout yet does not rest the monitor's heartbeat clock, as it does ours.
+        # The monitor's heartbeat clock, unlike ours, goes on during a section that has no timeout yet.
         untimed = [section_setting(name) for name in sorted(self._clocks.measured)]
         asked = sorted({*settings, *untimed})
         now = time.monotonic()
@@ -1041,7 +1056,7 @@ class RankMonitor:
         self.oom_kills = oom_kills()
         self.clocks = Clocks(config, time.monotonic())
         self.reader = MessageReader()
-        self.half_time: Clock | None = None  # the last that half of was warned of
+        self.half_time: Clock | None = None  # the last clock whose half was warned of
         self.half_time_warnings = HALF_TIME_WARNINGS  # left
         self.slowest: dict[str, float] = {}  # the longest times that were warned of, by setting, in seconds
         self.rank: subprocess.Popen[bytes]  # from _start() on
@@ -1080,7 +1095,7 @@ class RankMonitor:
     def run(self) -> int:
         """Start the rank, stay until it has ended, and return its exit code, or -N for signal N.
 
-        Raises OSError when the command cannot be started.
+        127 or 126, as from a shell, when the command cannot be started.
         """
         self._catch_signals()
         try:
@@ -1113,7 +1128,8 @@ class RankMonitor:
         for end in (self.signals, self._signals_in):
             os.set_blocking(end, False)
         signal.set_wakeup_fd(self._signals_in, warn_on_full_buffer=False)
-        for number in (*STOP_SIGNALS, *PASSED_ON_SIGNALS, PEER_FAILED, PARENT_DIED, signal.SIGCHLD):
+        others = (PEER_FAILED, PARENT_DIED, signal.SIGCHLD, signal.SIGCONT)
+        for number in (*STOP_SIGNALS, *PASSED_ON_SIGNALS, *others):
             if number in STOP_SIGNALS and signal.getsignal(number) == signal.SIG_IGN:
                 continue  # under nohup, a hang-up is to be ignored by the rank too
             signal.signal(number, lambda number, frame: None)
@@ -1129,7 +1145,7 @@ class RankMonitor:
 
         def die_with_the_monitor() -> None:
             request_death_signal(signal.SIGKILL)
-            for number in PASSED_ON_SIGNALS:  # schedulers send them to every process: they end none that does not know
+            for number in PASSED_ON_SIGNALS:  # which schedulers send to every process, also to one that has no handler
                 signal.signal(number, signal.SIG_IGN)
             if os.getppid() != monitor_pid:  # it died before the request
                 os._exit(1)
@@ -1240,7 +1256,9 @@ class RankMonitor:
                 signal_process(self.rank.pid, number)
             elif number == PEER_FAILED:
                 self._stop_survivor(now)
-            # A launcher that starts its ranks from a thread sends this when the thread ends.
+            elif number == signal.SIGCONT and self.kill_at is None:
+                self.clocks.restart(now)  # we were stopped, and most likely the rank with us
+            # The kernel sends this also when no more than the launcher's thread that started us ends.
             elif number == PARENT_DIED and os.getppid() != self.parent_pid:
                 self._kill(f"the launcher (pid {self.parent_pid}) is gone", now)
 
@@ -1262,7 +1280,7 @@ class RankMonitor:
             self.half_time, self.half_time_warnings = clock, self.half_time_warnings - 1
             what = f"{clock.waiting_for} for {now - clock.since:.1f} s{self._at_step()}, limit {clock.limit:g} s"
             asked = self._ask_for_stacks(what) is not None
-            log.warning("%s: %s%s", self._who(), what, "; took its stacks" if asked else "")
+            log.warning("%s: %s%s", self._who(), what, "; its stacks are asked for" if asked else "")
 
     # -- ending the rank
 
@@ -1404,10 +1422,18 @@ def half_time(clock: Clock) -> float:
 # ------------------------------------------------------------------------------------------------------ main
 
 
+class NeverWaitingHandler(logging.StreamHandler):  # type: ignore[type-arg]
+    """Drops a line rather than wait for a reader that has stopped: a hung rank is ended, whoever reads our log."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if select.select([], [self.stream], [], 0)[1]:  # a pipe is writable when it takes PIPE_BUF bytes
+            super().emit(record)
+
+
 def configure_logging(name: str, level: str, prefix: str) -> None:
     """Send this program's own lines to stderr, with a prefix that tells them from the ranks' output."""
     logger = logging.getLogger(name)
-    handler = logging.StreamHandler()
+    handler = NeverWaitingHandler()
     handler.setFormatter(logging.Formatter(f"[{prefix}] %(message)s"))
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(level)
@@ -1420,7 +1446,7 @@ def end_like(status: int) -> NoReturn:
         if -status not in (signal.SIGKILL, signal.SIGSTOP):
             signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
-    sys.exit(status)
+    sys.exit(128 - status if status < 0 else status)  # the first process of a container outlives its own signals
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, FaultToleranceConfig]:
