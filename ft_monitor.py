@@ -1211,16 +1211,18 @@ class RankMonitor:
 
     def _take_in(self, data: bytes, now: float) -> None:
         skipped = self.reader.skipped
+        kinds = set()
         for message in self.reader.feed(data):
             if message["type"] == "heartbeat" and self.report["verdict"] is not None:
                 continue  # too late: a stopped rank is continued for its stacks
             for lap in self.clocks.hear(message, now):
                 self._warn_if_slow(lap)
             self._note_times(message["type"])
-            if now - self.report_written >= REPORT_SECONDS or message["type"] not in ("heartbeat", "section"):
-                self._write_report()
-            else:
-                self.report_is_old = True
+            kinds.add(message["type"])
+        if kinds - {"heartbeat", "section"} or (kinds and now - self.report_written >= REPORT_SECONDS):
+            self._write_report()
+        else:
+            self.report_is_old |= bool(kinds)
         if self.reader.skipped and not skipped:
             log.warning("%s: skipped what is not a message on its pipe, and will from now on", self._who())
 
@@ -1422,7 +1424,7 @@ def half_time(clock: Clock) -> float:
 # ------------------------------------------------------------------------------------------------------ main
 
 
-class NeverWaitingHandler(logging.StreamHandler):  # type: ignore[type-arg]
+class NeverWaitingHandler(logging.StreamHandler):
     """Drops a line rather than wait for a reader that has stopped: a hung rank is ended, whoever reads our log."""
 
     def emit(self, record: logging.LogRecord) -> None:

@@ -872,7 +872,7 @@ client.shutdown_workload_monitoring()
     watched = watch(body, rank_heartbeat_timeout=2)
     assert watched.ends() == 0
     assert STACKS_OF_THE_RANK in watched.stacks
-    assert re.search(r"no heartbeat for 1\.\d s at step 8, limit 2 s; took its stacks", watched.log[0])
+    assert re.search(r"no heartbeat for 1\.\d s at step 8, limit 2 s; its stacks are asked for", watched.log[0])
 
 
 @pytest.mark.parametrize(
