@@ -7,13 +7,15 @@ Works with `lightning` and with `pytorch_lightning`, on any device, with one ran
 
 Hook                                     what it does
     setup                                sets broken checkpoints aside, loads timeouts, connects to the rank's monitor
-    on_train_start, on_train_batch_end,  heartbeat with the global step; at train start, a warning if it starts at
-    on_train_end, on_validation_start,   step 0 although a checkpoint had been saved; at a batch's end, FLAG.stop
+    on_train_start                       heartbeat; warns of a start at step 0 although a checkpoint had been saved
+    on_train_batch_end                   heartbeat; removes superseded checkpoints; looks for FLAG.stop
+    on_train_end, on_validation_start,   heartbeat
     on_validation_batch_end,
     on_validation_end
     on_load_checkpoint                   from now on the first heartbeat's time is that of a run that resumes
     Trainer.save_checkpoint (wrapped)    section "checkpointing"; calculates timeouts; notes progress
     TorchCheckpointIO (wrapped)          writes checkpoints beside the target, and renames (AtomicCheckpointIO)
+    ModelCheckpoint (wrapped)            links and removes when the new checkpoint is on disk, where it would before
     on_fit_end                           training ended, and not by an exception
     teardown                             creates the finished flag, disconnects; at exit, gloo is destroyed
     on_exception                         disconnects, with the exception and the line it came from
@@ -24,10 +26,10 @@ Sections, which have timeouts of their own, so that those of heartbeats can be s
     finishing      train end to teardown, which waits for asynchronous checkpoints
 
 Files (FLAG is the value of FAULT_TOL_FINISHED_FLAG_FILE; written by global rank 0, beside and renamed)
-    FLAG                           training is complete: {"reason", "step", "epoch", "time"}
+    FLAG                           training is complete: {"reason", "step", "epoch", "time", "by"}
     FLAG.stop                      made by a person or by autoresume.sh: save a checkpoint at the next batch, and end
                                    fit; training is not complete, and the next run goes on from there
-    FLAG.progress                  the newest checkpoint: {"step", "epoch", "checkpoint", "time"}
+    FLAG.progress                  the newest checkpoint: {"step", "epoch", "checkpoint", "time", "by"}
     FT_RUN_DIR/progress.json       the same
     EXP_DIR/ft_state.json          calculated timeouts: {"version", "client", "validated", "killed", "time"}
     EXP_DIR/killed_rank<N>.json    written by a monitor whose rank ran out of a calculated timeout
@@ -415,7 +417,7 @@ class FaultToleranceCallback(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        self._check_environment()
+        self._check_environment(trainer)
         self._start_over()
         self._client = RankMonitorClient()
         self._load_timeouts(trainer)
@@ -501,12 +503,26 @@ class FaultToleranceCallback(pl.Callback):
 
     # -- the connection
 
-    def _check_environment(self) -> None:
-        if self.autoresume and not os.environ.get(FLAG_VARIABLE):
+    def _check_environment(self, trainer: pl.Trainer) -> None:
+        ranks = int(os.environ.get("WORLD_SIZE", trainer.world_size))
+        if ranks != trainer.world_size:  # each would train alone, and overwrite the others' checkpoints
+            raise RuntimeError(
+                f"the launcher started {ranks} ranks, but this Trainer has {trainer.world_size}: give Trainer("
+                'devices=int(os.environ["LOCAL_WORLD_SIZE"]), num_nodes=int(os.environ["GROUP_WORLD_SIZE"]))'
+            )
+        flag = os.environ.get(FLAG_VARIABLE)
+        if not self.autoresume:
+            return
+        if not flag:
             raise RuntimeError(
                 f"FaultToleranceCallback(autoresume=True) needs {FLAG_VARIABLE}, which is not set. Start the job with "
-                f"./autoresume.sh, or: export {FLAG_VARIABLE}=/path/of/a/file"
+                "./autoresume.sh python ft_launcher.py --nproc-per-node=N SCRIPT, "
+                f"or: export {FLAG_VARIABLE}=/path/of/a/file"
             )
+        if not Path(flag).absolute().parent.is_dir():
+            raise RuntimeError(f"{FLAG_VARIABLE}={flag}: its directory does not exist, create it or choose another")
+        if trainer.is_global_zero:
+            remove_flag_of_this_attempt(Path(flag))
 
     def _heartbeat(self, trainer: pl.Trainer) -> None:
         if self._client.is_initialized:
@@ -781,7 +797,9 @@ class FaultToleranceCallback(pl.Callback):
         """Why there is nothing left to train; None if a next run has to go on."""
         if trainer.max_steps > 0 and trainer.global_step >= trainer.max_steps:
             return f"max_steps={trainer.max_steps} reached"
-        if trainer.max_epochs is not None and 0 < trainer.max_epochs <= trainer.current_epoch:
+        # Lightning counts an epoch that was stopped in the middle as one that is over.
+        cut_short = trainer.should_stop and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        if trainer.max_epochs is not None and 0 < trainer.max_epochs <= trainer.current_epoch and not cut_short:
             return f"max_epochs={trainer.max_epochs} reached"
         if not self._fit_ended:  # left by Lightning's _TunerExitException
             return None
@@ -798,9 +816,18 @@ class FaultToleranceCallback(pl.Callback):
 
     def _create_finished_flag(self, trainer: pl.Trainer, reason: str) -> None:
         flag = Path(os.environ[FLAG_VARIABLE])
-        place = {"step": trainer.global_step, "epoch": trainer.current_epoch, "time": timestamp()}
+        place = {"step": trainer.global_step, "epoch": trainer.current_epoch, "time": timestamp(), "by": this_attempt()}
         write_json(flag, {"reason": reason, **place}, durable=True)
         self.logger.info("training is complete: %s; created %s", reason, flag)
+
+
+def remove_flag_of_this_attempt(flag: Path) -> None:
+    """An earlier fit of the same script was complete, but now there is one more, and the last one decides."""
+    try:
+        if this_attempt() and json.loads(flag.read_text(encoding="utf-8"))["by"] == this_attempt():
+            flag.unlink()
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        pass  # there is none, or it was made by hand
 
 
 def destroy_gloo() -> None:

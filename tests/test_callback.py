@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -315,12 +316,40 @@ def test_max_time_finishes_a_training_when_it_is_used_up_but_not_the_run_that_it
     assert seen == [] and json.loads(flag.read_text())["reason"] == "max_time used up"
 
 
+@pytest.mark.parametrize("epochs", [1, 9])
 @pytest.mark.parametrize("batches", [1, 2])
-def test_whoever_else_stops_a_training_wants_it_to_go_on_later(flag: Path, tmp_path: Path, batches: int) -> None:
+def test_whoever_else_stops_a_training_wants_it_to_go_on_later(
+    flag: Path, tmp_path: Path, batches: int, epochs: int
+) -> None:
+    """Also in the last epoch, which Lightning then counts as one that is over."""
     day = datetime.timedelta(days=1)
-    trainer = fit(tmp_path, Stop(batches), EarlyStopping("score"), max_epochs=9, max_time=day)
+    trainer = fit(tmp_path, Stop(batches), EarlyStopping("score"), max_epochs=epochs, max_time=day)
     assert trainer.global_step == batches
     assert not flag.exists()
+
+
+def test_a_stop_with_the_last_batch_of_the_last_epoch_finishes_a_training(flag: Path, tmp_path: Path) -> None:
+    fit(tmp_path, Stop(6), max_epochs=2)
+    assert json.loads(flag.read_text())["reason"] == "max_epochs=2 reached"
+
+
+def test_the_last_of_several_trainings_in_one_script_decides(
+    flag: Path, monitor: Heard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FT_RUN_DIR", str(tmp_path / "run"))
+
+    def fail(batch_idx: int) -> None:
+        assert not flag.exists()
+        raise ValueError("in the second training")
+
+    fit(tmp_path, max_epochs=1)
+    assert flag.exists()
+    with pytest.raises(ValueError, match="second training"):
+        fit(tmp_path / "second", model=Model(fail), max_epochs=1)
+    assert not flag.exists()
+    flag.write_text("made by hand")  # and by no earlier training of this attempt
+    fit(tmp_path / "third", Stop(1), max_epochs=9)
+    assert flag.read_text() == "made by hand"
 
 
 def test_a_search_for_the_learning_rate_is_not_a_training(flag: Path, monitor: Heard, tmp_path: Path) -> None:
@@ -394,9 +423,11 @@ def test_a_flag_that_cannot_be_written_fails_the_run_and_leaves_no_half_of_it(
     flag: Path, monitor: Heard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = make_trainer(tmp_path, FaultToleranceCallback(autoresume=True), max_epochs=1)
-    monkeypatch.setenv(FLAG_VARIABLE, str(tmp_path / "missing" / "finished"))
-    with pytest.raises(FileNotFoundError, match="missing"):
-        trainer.fit(Model())
+    vanishes = tmp_path / "vanishes"
+    vanishes.mkdir()
+    monkeypatch.setenv(FLAG_VARIABLE, str(vanishes / "finished"))
+    with pytest.raises(FileNotFoundError, match="vanishes"):
+        trainer.fit(Model(lambda batch_idx: shutil.rmtree(vanishes, ignore_errors=True)))
     assert monitor()[-1]["error"].startswith("FileNotFoundError: ")
 
     def full(*args: Any) -> None:
@@ -418,6 +449,12 @@ def test_a_flag_that_cannot_be_written_fails_the_run_and_leaves_no_half_of_it(
     [
         (FLAG_VARIABLE, None, rf"needs {FLAG_VARIABLE}, which is not set.*export {FLAG_VARIABLE}="),
         (FLAG_VARIABLE, "", rf"needs {FLAG_VARIABLE}, which is not set.*export {FLAG_VARIABLE}="),
+        (
+            FLAG_VARIABLE,
+            "/not/there/flag",
+            rf"{FLAG_VARIABLE}=/not/there/flag: its directory does not exist, create it",
+        ),
+        ("WORLD_SIZE", "2", r"launcher started 2 ranks, but this Trainer has 1: .*devices=int.*LOCAL_WORLD_SIZE"),
         ("FT_MONITOR_FD", None, r"not started by ft_launcher.*python ft_launcher.py --nproc-per-node=N SCRIPT"),
         ("FT_MONITOR_FD", "9999", r"not started by ft_launcher.*python ft_launcher.py --nproc-per-node=N SCRIPT"),
         ("FT_CONFIG", "{}", r"no timeout is set.*--ft-rank-heartbeat-timeout=SECONDS"),
@@ -720,8 +757,8 @@ def test_the_table_of_hooks_names_the_hooks_that_the_class_has() -> None:
 
 def test_the_table_of_files_names_the_finished_flag_and_its_progress() -> None:
     table = (ft_callback.__doc__ or "").partition("\nFiles")[2]
-    assert re.search(r'^ +FLAG +.*\{"reason", "step", "epoch", "time"\}$', table, re.MULTILINE)
-    assert re.search(r'^ +FLAG\.progress +.*\{"step", "epoch", "checkpoint", "time"\}$', table, re.MULTILINE)
+    assert re.search(r'^ +FLAG +.*\{"reason", "step", "epoch", "time", "by"\}$', table, re.MULTILINE)
+    assert re.search(r'^ +FLAG\.progress +.*\{"step", "epoch", "checkpoint", "time", "by"\}$', table, re.MULTILINE)
 
 
 def test_asynchronous_saves_do_not_lead_to_a_timeout_that_is_too_short(
