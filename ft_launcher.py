@@ -50,6 +50,7 @@ import collections
 import dataclasses
 import functools
 import importlib
+import importlib.machinery
 import json
 import logging
 import math
@@ -71,6 +72,7 @@ import torch.distributed.run
 from torch.distributed.argparse_util import env
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.events import get_logging_handler
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.elastic.rendezvous import RendezvousError, rendezvous_handler_registry
@@ -162,7 +164,8 @@ def failed_by_itself(report: Report) -> bool:
 
 
 def failure_time(report: Report) -> float:
-    return float(report["error_time"] or report["ended"] or 0.0)
+    """When a rank failed; for one whose monitor was killed, when it was last heard of."""
+    return float(report["error_time"] or report["ended"] or report["heartbeat"] or report["started"] or 0.0)
 
 
 def without_place(error: str | None) -> str:
@@ -581,6 +584,8 @@ class FaultToleranceAgent(LocalElasticAgent):
     ) -> None:
         if death_sig is None:
             death_sig, timeout = ft_monitor.PEER_FAILED, int(self._job.workers_stop_timeout + STOP_MARGIN_SECONDS)
+        for pid in self._pcontext.pids().values() if self._pcontext is not None else []:
+            ft_monitor.signal_process(pid, signal.SIGCONT)  # a monitor that is stopped hears nothing else
         close(death_sig, timeout)
         self._sweep()
 
@@ -780,18 +785,31 @@ def check_script(args: argparse.Namespace) -> None:
     if args.no_python and not args.run_path:
         if shutil.which(script) is None:
             raise ConfigError(f"command {script!r} not found or not executable: give its path")
-    elif not args.module and not os.path.isfile(script):
+    elif args.module:
+        package = script.partition(".")[0]
+        if importlib.machinery.PathFinder.find_spec(package, [os.getcwd(), *sys.path]) is None:
+            raise ConfigError(f"module {script!r} not found: there is no {package!r} in {os.getcwd()}, nor installed")
+    elif not any(map(os.path.isfile, (script, os.path.join(script, "__main__.py")))):
         raise ConfigError(f"script {script!r} not found in {os.getcwd()}: give its path, or -m for a module")
 
 
 def check_torchrun_options(args: argparse.Namespace) -> None:
     """Let torch look at its options, and look at those that it does not."""
-    without_logs = argparse.Namespace(**{**vars(args), "log_dir": os.devnull})  # would be created
+    if args.log_dir is not None:
+        os.makedirs(args.log_dir, exist_ok=True)
+    without_logs = argparse.Namespace(**{**vars(args), "log_dir": os.devnull})  # what is in it would be created
     config, _, _ = torch.distributed.run.config_from_args(without_logs)
     if config.nproc_per_node < 1:
         raise ConfigError(f"--nproc-per-node: got {args.nproc_per_node!r}, expected at least 1")
     if not 0 < config.monitor_interval < math.inf:
         raise ConfigError(f"--monitor-interval: got {args.monitor_interval:g}, expected seconds, more than 0")
+    for name in filter(None, args.signals_to_handle.split(",")):
+        if not hasattr(signal, name.strip()):
+            raise ConfigError(f"--signals-to-handle: got {name!r}, expected names of signals, such as SIGTERM")
+    try:
+        get_logging_handler(args.event_log_handler)
+    except KeyError:
+        raise ConfigError(f"--event-log-handler: got {args.event_log_handler!r}, expected console or null") from None
     if args.master_port is not None and not 0 <= args.master_port < 65536:
         raise ConfigError(f"--master-port: got {args.master_port}, expected a port, up to 65535")
     if args.rdzv_endpoint and config.rdzv_backend in ("c10d", "static"):
@@ -825,6 +843,8 @@ def prepare_environment(config: FaultToleranceConfig, run_dir: Path) -> None:
     os.environ["FT_RUN_DIR"] = str(run_dir)
     # With a store that outlives a restart, ranks read the addresses of their dead predecessors (pytorch #135712).
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    if os.environ.get(FLAG_VARIABLE):  # for ranks that change their directory
+        os.environ[FLAG_VARIABLE] = os.path.abspath(os.environ[FLAG_VARIABLE])
     here = os.path.dirname(os.path.abspath(__file__))
     if here not in sys.path[1:]:  # not installed: only this script, whose directory is first, finds it
         paths = [os.environ.get("PYTHONPATH"), here]
@@ -886,9 +906,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     ft_monitor.configure_logging("ft_launcher", config.log_level, "ft_launcher")
     prepare_environment(config, args.ft_run_dir)
     args.signals_to_handle = heard_signals(args.signals_to_handle)
-    off = "; hang detection is off: set --ft-rank-heartbeat-timeout, or calculate_timeouts in the callback"
-    off = "" if config.watches_steps else off
-    log.info("settings: %s; evidence: %s%s", config.describe(), args.ft_run_dir, off)
+    off = "; hang detection is off, unless the callback calculates timeouts: set --ft-rank-heartbeat-timeout"
+    log.info("settings: %s; evidence: %s%s", config.describe(), args.ft_run_dir, "" if config.watches_steps else off)
     policy = RestartPolicy(args.ft_max_no_progress_cycles)
     return run(args, Job(args.ft_run_dir, policy, config.workers_stop_timeout, args.ft_node_health_check))
 

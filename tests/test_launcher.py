@@ -229,6 +229,41 @@ assert not left, f"LEFT: {left}"
     gone_within(2, tmp_path)
 
 
+def test_a_monitor_that_is_stopped_does_not_delay_the_restart_for_another_rank(launch: Launch, tmp_path: Path) -> None:
+    body = """
+client.init_workload_monitoring()
+client.send_heartbeat(ATTEMPT)
+if ATTEMPT == 0:
+    ready()
+    beat_for_ever()
+"""
+    job = launch(["--nproc-per-node=2", "--max-restarts=1", "--ft-workers-stop-timeout=60"], body)
+    wait_for_ranks(tmp_path, 2)
+    reports = read_reports(tmp_path / "runs")
+    os.kill(reports["attempt_0/rank0"]["monitor_pid"], signal.SIGSTOP)
+    os.kill(reports["attempt_0/rank1"]["pid"], signal.SIGKILL)
+    assert job.wait(60) == 0, job.output  # the launcher would wait for 80 s
+    (line,) = endings(job.output)
+    assert f"rank 1 (pid {reports['attempt_0/rank1']['pid']}) ended by SIGKILL" in line
+
+
+def test_a_relative_flag_is_the_same_for_a_rank_that_changes_its_directory(launch: Launch, tmp_path: Path) -> None:
+    body = """
+os.chdir("/")
+pathlib.Path(os.environ["FAULT_TOL_FINISHED_FLAG_FILE"]).touch()
+"""
+    job = launch([], body, FAULT_TOL_FINISHED_FLAG_FILE="done")
+    assert job.wait() == 0, job.output
+    assert (tmp_path / "done").exists() and "not complete" not in job.output
+
+
+def test_a_directory_with_a_main_module_is_a_script(launch: Launch, tmp_path: Path) -> None:
+    (tmp_path / "program").mkdir()
+    (tmp_path / "program" / "__main__.py").write_text("print('runs')")
+    job = launch([str(tmp_path / "program")], "")
+    assert job.wait() == 0 and "runs" in job.output
+
+
 # ----------------------------------------------------------------------------------------------- being stopped
 
 
@@ -464,6 +499,8 @@ def in_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     (tmp_path / "list.json").write_text("[60]")
     (tmp_path / "misspelt.json").write_text('{"rank_hartbeat_timeout": 60}')
     (tmp_path / "negative.json").write_text('{"rank_heartbeat_timeout": -60}')
+    (tmp_path / "twice.json").write_text('{"rank_heartbeat_timeout": 60, "rank_heartbeat_timeout": 600}')
+    (tmp_path / "deep.json").write_text("[" * 100_000)
     return tmp_path
 
 
@@ -490,6 +527,12 @@ WRONG = {
     ".": "script '.' not found in ",
     "--no-python missing-command": "command 'missing-command' not found or not executable: give its path",
     "--no-python ./train.py": "command './train.py' not found or not executable: give its path",
+    "-m no_such_package.train": "module 'no_such_package.train' not found: there is no 'no_such_package' in ",
+    "--log-dir=/dev/null/logs train.py": "/dev/null/logs",
+    "--signals-to-handle=SIGTERM,SIGFOO train.py": "--signals-to-handle: got 'SIGFOO', expected names of signals",
+    "--event-log-handler=pigeon train.py": "--event-log-handler: got 'pigeon', expected console or null",
+    "--ft-cfg-path=twice.json train.py": "'twice.json': setting 'rank_heartbeat_timeout' is given 2 times: give it once",
+    "--ft-cfg-path=deep.json train.py": "configuration 'deep.json': ",
     "--nnodes=two train.py": "'two'",
     "--nnodes=1:2:3 train.py": '1:2:3 is not in "MIN:MAX" format',
     "--nnodes=0 train.py": "min_nodes must be > 0",

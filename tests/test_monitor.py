@@ -1347,7 +1347,9 @@ told("end")  # the client says nothing any more, but the process goes on
     assert watched.ends() == 0
 
 
-def test_a_monitor_that_was_suspended_with_its_rank_does_not_take_it_for_hung(watch: Watch) -> None:
+@pytest.mark.parametrize("late", [0.5, 1000.0])
+def test_a_monitor_that_was_suspended_with_its_rank_does_not_take_it_for_hung(watch: Watch, late: float) -> None:
+    """It knows from SIGCONT, or, since a virtual machine is continued without one, from how late it is."""
     body = """
 client.init_workload_monitoring()
 client.send_heartbeat(8)
@@ -1355,7 +1357,7 @@ client.report_saved(8)
 told("awake")
 client.shutdown_workload_monitoring()
 """
-    watched = watch(body, constants={"SUSPENDED_SECONDS": 0.5}, rank_heartbeat_timeout=1)
+    watched = watch(body, constants={"SUSPENDED_SECONDS": late}, rank_heartbeat_timeout=1)
     wait_until(lambda: watched.report_path.exists() and watched.report["saved"], 20, "the first heartbeat")
     rank, monitor = watched.rank, watched.monitor
     freeze(monitor)
@@ -1363,11 +1365,56 @@ client.shutdown_workload_monitoring()
     end = time.monotonic() + 1.6  # the clock has run out, and the monitor is later than it ever should be
     wait_until(lambda: time.monotonic() > end)
     os.kill(monitor, signal.SIGCONT)
-    watched.started.wait_for_output("suspended; its clocks start anew", limit=5)
+    if late == 0.5:
+        watched.started.wait_for_output("suspended; its clocks start anew", limit=5)
     os.kill(rank, signal.SIGCONT)
     watched.tell("awake")
     assert watched.ends() == 0
     assert watched.report["verdict"] is None
+
+
+def test_a_reader_of_the_log_that_has_stopped_saves_no_hung_rank(tmp_path: Path) -> None:
+    """Such as a pager, or a file system that hangs: what the rank itself may wait for."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with pytest.raises(BlockingIOError):
+        while True:
+            os.write(writer, bytes(4096))
+    os.set_blocking(writer, True)
+    (tmp_path / "rank.py").write_text(f"{PRELUDE}\nclient.init_workload_monitoring()\nwait_for_ever()")
+    rank = [sys.executable, "-S", str(tmp_path / "rank.py")]
+    command = [*PYTHON, str(ROOT / "ft_monitor.py"), "--ft-initial-rank-heartbeat-timeout=1", "--", *rank]
+    monitor = subprocess.Popen(command, stderr=writer, cwd=tmp_path)
+    try:
+        assert monitor.wait(20) == -signal.SIGKILL
+    finally:
+        monitor.kill()
+        os.close(reader)
+        os.close(writer)
+
+
+def test_an_error_in_a_forked_child_is_not_the_ranks(watch: Watch) -> None:
+    body = """
+client.init_workload_monitoring()
+child = os.fork()
+if child == 0:
+    raise ValueError("in the child")
+os.waitpid(child, 0)
+client.send_heartbeat(3)
+client.shutdown_workload_monitoring()
+"""
+    watched = watch(body)
+    assert watched.ends() == 0
+    assert "in the child" in watched.started.output
+    assert (watched.report["error"], watched.report["step"]) == (None, 3)
+
+
+def test_the_first_process_of_a_container_ends_with_a_code_where_a_signal_cannot_end_it(watch: Watch) -> None:
+    wrapper = ("unshare", "--pid", "--fork", "--mount-proc")
+    if subprocess.run([*wrapper, "true"], capture_output=True).returncode:
+        pytest.skip("unshare is not permitted")
+    watched = watch("os.kill(os.getpid(), signal.SIGKILL)", wrapper=wrapper)
+    assert watched.ends() == 128 + signal.SIGKILL
 
 
 # -- the pipe
