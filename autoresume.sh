@@ -18,9 +18,12 @@
 #   FLAG exists                        the end, exit code 0
 #   FLAG.gave_up, or exit code 93      the end, exit code 93
 #   TERM, INT or HUP had arrived       the end, exit code 128+N, after COMMAND, which got the signal too, has ended
+#   exit code 2 (wrong usage)          the end, exit code 2
 #   no progress, the Nth in a row      the end, with the exit code of COMMAND, or 1 where that is 0
+#   USR1 had arrived                   the end, exit code 0; inside of SLURM, the next job goes on
 #   anything else                      the next run; inside of SLURM, if COMMAND ended with 0, in the next job
-# Progress is a FLAG.progress that has changed. Exit code 2 is wrong usage: nothing was run.
+# Progress is another step in FLAG.progress than after the run before. Exit code 2 is wrong usage, also of this script.
+# USR1 asks the job to save a checkpoint and to end (FLAG.stop); USR2 is passed on to COMMAND.
 #
 # Inside of SLURM (let the job script end with: exec ./autoresume.sh ..., so that its signals arrive here)
 #   --slurm chain    queues the same job script to start when this job has ended, for whatever reason, and cancels it
@@ -97,11 +100,11 @@ read_line() { # FILE
   [[ ! -r $1 ]] || { IFS= read -r REPLY <"$1"; } 2>/dev/null
 }
 
-# The value of a member of the JSON object that is the first line of a file.
+# The value of a member of the JSON object that is the first line of a file: text without its quotes, else as it is.
 read_member() { # FILE NAME
-  local pattern="\"$2\": *\"?([^\",}]*)"
+  local pattern="\"$2\": *(\"(([^\"\\\\]|\\\\.)*)\"|([^\",}]*))"
   read_line "$1"
-  if [[ $REPLY =~ $pattern ]]; then REPLY=${BASH_REMATCH[1]}; else REPLY=''; fi
+  if [[ $REPLY =~ $pattern ]]; then REPLY=${BASH_REMATCH[2]:-${BASH_REMATCH[4]}}; else REPLY=''; fi
 }
 
 # Add a line to FLAG.runs.
@@ -209,7 +212,7 @@ is_cancelled() {
 
 user_signal() { # SIGNAL
   signals=$((signals + 1))
-  if [[ $1 == USR1 && -n $job ]]; then
+  if [[ $1 == USR1 ]]; then
     say "got SIGUSR1: asking the job to save a checkpoint and to end ($flag.stop)"
     handing_over=yes
     : >"$flag.stop"
@@ -276,13 +279,17 @@ end_if_done() {
     read_member "$flag.gave_up" reason
     end 93 "gave up" "gave up: ${REPLY:-the command ended with 93}"
   fi
+  if ((status == 2 && failures)); then
+    cancel_continuation
+    end 2 failed "wrong usage: see the line of the command above"
+  fi
   if [[ -n $stopped_by ]]; then
     local -A numbers=([HUP]=1 [INT]=2 [TERM]=15)
     end $((128 + numbers[$stopped_by])) stopped "stopped by SIG$stopped_by"
   fi
   if ((failures >= max_failures)); then
     cancel_continuation
-    end $((status ? status : 1)) failed "$failures runs in a row saved no checkpoint: giving up"
+    end $((status ? status : 1)) failed "$failures runs in a row reported no new checkpoint: giving up"
   fi
 }
 
@@ -296,13 +303,14 @@ hand_over() {
     exit 0
   fi
   [[ -z $continuation ]] || end 0 unfinished "job $continuation goes on from here"
+  [[ -z $handing_over ]] || end 0 unfinished "stopped as asked: run this again to go on"
 }
 
 main() {
   parse_arguments "$@"
   check_arguments
   if [[ -e $flag ]]; then
-    say "nothing to run: training is complete, $flag exists; remove it to train anew"
+    say "nothing to run: training is complete, $flag exists; remove it to go on, and the checkpoints too to train anew"
     exit 0
   fi
   child='' early='' signals=0 stopped_by='' handing_over='' status=0 continuation='' run=0
@@ -335,25 +343,24 @@ main() {
     run=$((run + 1))
     note start running ''
     say "run $run starts"
-    read_line "$flag.progress"
+    read_member "$flag.progress" step
     before=$REPLY
     SECONDS=0
     run_once 2>/dev/null # where bash says "Killed"
     say "run $run ended with exit code $status after $SECONDS s"
     [[ ! -e $flag ]] || end_if_done
-    read_line "$flag.progress"
+    read_member "$flag.progress" step
     if [[ $REPLY != "$before" ]]; then
       failures=0
-      read_member "$flag.progress" step
       say "a checkpoint of step $REPLY was saved"
     else
       failures=$((failures + 1))
-      say "no checkpoint was saved, $failures of $max_failures in a row"
+      say "no new checkpoint was reported, $failures of $max_failures in a row"
     fi
     end_if_done
     [[ $status != 0 && -z $handing_over ]] || hand_over
     note end unfinished "exit code $status"
-    ((failures == 0)) || sleep 1
+    ((status == 0)) || sleep 1
     end_if_done
   done
 }

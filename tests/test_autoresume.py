@@ -69,7 +69,7 @@ def test_a_flag_at_the_start_runs_nothing(run: Callable[..., Started], directory
     job = run("true", "--flag", "done")
     assert job.wait() == 0
     assert starts(directory) == 0
-    assert f"{directory}/done exists; remove it to train anew" in job.output
+    assert f"{directory}/done exists; remove it to go on, and the checkpoints too to train anew" in job.output
 
 
 def test_a_flag_ends_it_whatever_the_exit_code(run: Callable[..., Started], directory: Path) -> None:
@@ -84,7 +84,7 @@ def test_runs_without_progress_end_it_at_the_limit(
     job = run(f"exit {code}", "--max-failures=2")
     assert job.wait() == expected
     assert starts(directory) == 2
-    assert "2 runs in a row saved no checkpoint: giving up" in job.output
+    assert "2 runs in a row reported no new checkpoint: giving up" in job.output
 
 
 def test_a_checkpoint_gives_a_failing_job_new_tries(run: Callable[..., Started], directory: Path) -> None:
@@ -136,7 +136,7 @@ def test_a_command_that_ignores_the_signal_is_waited_for(run: Callable[..., Star
 def test_a_stop_signal_at_any_moment_ends_it(start: Start, directory: Path, name: str) -> None:
     """While a command starts, or between two of the runs, which go on and on without a pause."""
     number = signal.Signals[f"SIG{name}"]
-    save = 'echo $$ >"$FAULT_TOL_FINISHED_FLAG_FILE.progress"; exec sleep 0.02'
+    save = 'echo "{\\"step\\": $$}" >"$FAULT_TOL_FINISHED_FLAG_FILE.progress"; exec sleep 0.02'
     for moment in range(40):
         job = start([AUTORESUME, "--flag", f"flag{moment}", "bash", "-c", save], cwd=directory)
         job.wait_for_output("run 1 ended")
@@ -147,18 +147,53 @@ def test_a_stop_signal_at_any_moment_ends_it(start: Start, directory: Path, name
         assert job.output.endswith(f"stopped by SIG{name}\n"), job.output
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
-def test_user_signals_are_passed_on_and_end_nothing(
-    run: Callable[..., Started], directory: Path, number: signal.Signals
-) -> None:
-    job = run(f"trap 'echo HEARD' {number.name[3:]}; echo UP; until [ -e go ]; do sleep 0.05; done; finish")
+def test_usr2_is_passed_on_and_ends_nothing(run: Callable[..., Started], directory: Path) -> None:
+    job = run("trap 'echo HEARD' USR2; echo UP; until [ -e go ]; do sleep 0.05; done; finish")
     job.wait_for_output("UP")
     for _ in range(20):
-        os.kill(job.pid, number)
+        os.kill(job.pid, signal.SIGUSR2)
     job.wait_for_output("HEARD")
     (directory / "go").touch()
     assert job.wait() == 0
     assert starts(directory) == 1
+
+
+@pytest.mark.parametrize("code", [0, 5])
+def test_usr1_asks_the_job_to_save_and_to_end_and_starts_no_other_run(
+    run: Callable[..., Started], directory: Path, code: int
+) -> None:
+    job = run(f'echo UP; until [ -e "$f.stop" ]; do sleep 0.05; done; save $n; exit {code}')
+    job.wait_for_output("UP")
+    for _ in range(5):
+        os.kill(job.pid, signal.SIGUSR1)
+    assert job.wait() == 0
+    assert starts(directory) == 1
+    assert "stopped as asked: run this again to go on" in job.output
+    assert run('[ ! -e "$f.stop" ] && finish').wait() == 0
+    assert starts(directory) == 2
+
+
+def test_wrong_usage_of_the_command_is_not_tried_again(run: Callable[..., Started], directory: Path) -> None:
+    assert run("exit 2").wait() == 2
+    assert starts(directory) == 1
+
+
+def test_the_same_checkpoint_again_is_no_progress(run: Callable[..., Started], directory: Path) -> None:
+    """A job that begins anew each time, and fails."""
+    body = """sleep 0.01; echo '{"step": 50, "time": "'$(date +%N)'"}' >"$f.progress"; exit 7"""
+    job = run(body, "--max-failures=2")
+    assert job.wait() == 7
+    assert starts(directory) == 3
+
+
+def test_a_reason_is_shown_whole(run: Callable[..., Started], directory: Path) -> None:
+    reason = "a bug in the code, the same error: KeyError: 'a \"key\"' (train.py:3 in step)"
+    (directory / "reason").write_text(json.dumps({"time": 3.5, "reason": reason, "host": "here"}))
+    job = run('cp reason "$f.gave_up"; exit 93')
+    assert job.wait() == 93
+    assert f"gave up: {json.dumps(reason)[1:-1]}\n" in job.output
+    lines = [json.loads(line) for line in (directory / "ft_finished.flag.runs").read_text().splitlines()]
+    assert lines[-1]["reason"] == f"gave up: {reason}".replace('"', "")
 
 
 def test_a_signal_as_the_command_ends_does_not_change_its_exit_code(run: Callable[..., Started]) -> None:

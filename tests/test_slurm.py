@@ -219,7 +219,7 @@ def test_usr1_before_the_time_limit_hands_over_to_the_next_job(slurm: Slurm, dir
 
 def test_after_usr1_a_failed_run_is_followed_by_none_in_this_job(slurm: Slurm, directory: Path) -> None:
     job = slurm.submit(directory, str(write_job(directory, "--max-failures=6")), "99", "fail")
-    wait_until(lambda: "no checkpoint was saved, 1 of 6" in output(directory), 60, "a first failure")
+    wait_until(lambda: "no new checkpoint was reported, 1 of 6" in output(directory), 60, "a first failure")
     slurm.call("scancel", "--batch", "--signal=USR1", job)
     slurm.wait_empty()
     assert len({line.split()[0] for line in starts(directory)}) == 2, output(directory)
@@ -239,7 +239,7 @@ def test_a_job_that_always_fails_stops_at_the_limit_and_leaves_no_job(slurm: Slu
     slurm.submit(directory, str(write_job(directory, "--max-failures=3")), "9", "fail")
     slurm.wait_empty()
     assert len(starts(directory)) == 3, output(directory)
-    assert "3 runs in a row saved no checkpoint: giving up" in output(directory)
+    assert "3 runs in a row reported no new checkpoint: giving up" in output(directory)
 
 
 def test_scancel_cancels_the_continuation_too(slurm: Slurm, directory: Path) -> None:
