@@ -94,6 +94,7 @@ FAULT_SIGNALS = {"rank_killed": signal.SIGKILL, "rank_hung": signal.SIGSTOP}
 FLAG_VARIABLE = "FAULT_TOL_FINISHED_FLAG_FILE"
 FIRST_BATCH, FINISHING = "first_batch", "finishing"
 UNFINISHED = ".ft_unfinished"  # ends the name of a checkpoint that is being written
+CLEAN_STOP_SECONDS = 60.0  # how long a rank that stops with SystemExit(0) waits for the others to do the same
 STOP_CHECK_SECONDS = 2.0  # between looks for FLAG.stop
 MIN_BATCHES = 16  # training batches before heartbeat timeouts are calculated
 HEARTBEAT = "rank_heartbeat_timeout"
@@ -404,7 +405,8 @@ class FaultToleranceCallback(pl.Callback):
         """What is known of a fit that begins."""
         self._batches = 0  # training batches
         self._in_training = False
-        self._next_stop_check = 1  # the batch at whose end all ranks ask whether to stop
+        self._step = -1  # at the end of the batch before
+        self._next_stop_check = 1  # the batch from whose end on all ranks ask whether to stop
         self._last_stop_check = (0, 0.0)  # batch and time of the last one
         self._early_stops: list[tuple[int, str | None]] = []  # that are part of the checkpoint
         self._loaded = False  # a checkpoint
@@ -445,8 +447,10 @@ class FaultToleranceCallback(pl.Callback):
         self._remove_superseded(trainer)
         if self._batches == MIN_BATCHES:
             self._update_timeouts(trainer)
-        if self._batches == self._next_stop_check:
+        # Not in the middle of accumulated gradients, which would be lost.
+        if self._batches >= self._next_stop_check and trainer.global_step != self._step:
             self._stop_if_requested(trainer)
+        self._step = trainer.global_step
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._leave(FIRST_BATCH)  # of a training without any
@@ -490,6 +494,7 @@ class FaultToleranceCallback(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         # Lightning calls this instead of teardown, and also for what happens before setup and outside of fit.
         if type(exception) is SystemExit and not exception.code:  # a clean stop; SIGTERM raises a subclass
+            self._client.sync_timeout = CLEAN_STOP_SECONDS
             try:
                 self._update_timeouts(trainer)
                 atexit.register(destroy_gloo)
@@ -765,13 +770,15 @@ class FaultToleranceCallback(pl.Callback):
         nothing before min_epochs.
         """
         flag = os.environ.get(FLAG_VARIABLE)
+        if not flag:
+            return
         request = Path(f"{flag}.stop")
-        asked = flag and trainer.is_global_zero and request.exists()
+        asked = trainer.is_global_zero and request.exists()
         batch, now = self._batches, time.monotonic()
         since_batch, since = self._last_stop_check
         # The batches of the next seconds, as rank 0 expects them: all must come to the same number.
         interval = 1.0 if not since else max(1.0, STOP_CHECK_SECONDS * (batch - since_batch) / max(now - since, 1e-3))
-        answer = maximum_of_ranks([float(bool(asked)), interval if trainer.is_global_zero else 0.0])
+        answer = maximum_of_ranks([float(asked), interval if trainer.is_global_zero else 0.0])
         self._last_stop_check, self._next_stop_check = (batch, now), batch + int(answer[1])
         if not answer[0]:
             return

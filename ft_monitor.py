@@ -94,7 +94,6 @@ STACKS_SECONDS = 1.0  # how long a rank may take to write its stacks; 1 ms is us
 HALF_TIME_WARNINGS = 3  # in one attempt, so that a training whose steps are always slow does not fill the log
 LONGEST_WAIT_SECONDS = 86_400.0  # poll(2) takes at most 24 days
 REPORT_SECONDS = 1.0  # between reports of a rank that is well
-SYNC_SECONDS = 60.0  # how long the ranks wait for each other when they calculate timeouts
 DEFAULT_GRACE_SECONDS = 30.0  # as torchrun's --shutdown-timeout
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE = 1, 4  # options of prctl(2)
 PARENT_DIED = signal.SIGURG  # sent by the kernel; by default a process ignores it, so a stray one is harmless
@@ -589,6 +588,9 @@ class RankMonitorClient:
         self.config = FaultToleranceConfig()  # as the launcher gave it, from init_workload_monitoring() on
         self.calculated: dict[str, float] = {}  # calculated timeouts, by setting, in seconds
         self.note: str | None = None  # file in which the monitor notes that a calculated timeout ended this rank
+        self.sync_timeout: float | None = (
+            None  # seconds that ranks wait for each other to calculate; None: their group's
+        )
         self._set_aside: frozenset[str] = frozenset()  # calculated timeouts that are not in force
         self._earlier: dict[str, float] = {}  # what earlier runs have calculated
         self._longest: dict[str, float] = {}  # the longest time on each clock since the connection
@@ -760,7 +762,8 @@ class RankMonitorClient:
         for clock in self._clocks.running():  # a time that still runs counts as far as it has come
             if clock.setting == "rank_out_of_section_timeout":
                 self.observe(clock.setting, now - clock.since)
-        longest = dict(zip(asked, maximum_of_ranks([self._longest.get(name, 0.0) for name in asked]), strict=True))
+        seen = maximum_of_ranks([self._longest.get(name, 0.0) for name in asked], self.sync_timeout)
+        longest = dict(zip(asked, seen, strict=True))
         missing = [name for name in settings if not longest[name]]
         if missing and skip_if_not_ready:
             return False
@@ -824,10 +827,11 @@ def calculated_timeout(longest: float, factor: float, floor: float, earlier: flo
     return round(max(timeout, floor), 3)
 
 
-def maximum_of_ranks(values: Sequence[float]) -> list[float]:
+def maximum_of_ranks(values: Sequence[float], within: float | None = None) -> list[float]:
     """The maximum over all ranks of each value, if there is a process group; else the values.
 
-    Raises RuntimeError when the other ranks do not take part within SYNC_SECONDS.
+    Raises RuntimeError when the other ranks do not take part within these seconds, by default the timeout of the
+    process group: a rank may have to wait for another that does something alone, for as long as in any collective.
     """
     dist = sys.modules.get("torch.distributed")  # whoever has a process group has imported it
     if dist is None or not dist.is_available() or not dist.is_initialized():
@@ -836,7 +840,8 @@ def maximum_of_ranks(values: Sequence[float]) -> list[float]:
     on_cpu = any(name in dist.get_backend() for name in ("gloo", "mpi"))
     device = torch.device("cpu") if on_cpu else torch.accelerator.current_accelerator()
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, async_op=True).wait(datetime.timedelta(seconds=SYNC_SECONDS))
+    work = dist.all_reduce(tensor, op=dist.ReduceOp.MAX, async_op=True)
+    work.wait(*([] if within is None else [datetime.timedelta(seconds=within)]))
     return [float(value) for value in tensor.tolist()]
 
 

@@ -352,6 +352,28 @@ def test_the_last_of_several_trainings_in_one_script_decides(
     assert flag.read_text() == "made by hand"
 
 
+def test_a_stop_request_saves_at_the_next_step_and_the_next_run_goes_on_from_there(
+    flag: Path, monitor: Heard, tmp_path: Path
+) -> None:
+    """Not in the middle of accumulated gradients: the third batch has the request, the fourth makes a step."""
+    request, seen = Path(f"{flag}.stop"), []
+
+    def act(batch_idx: int) -> None:
+        seen.append(batch_idx)
+        if len(seen) == 3:
+            request.touch()
+
+    options: dict[str, Any] = {"max_epochs": 1, "limit_train_batches": 8, "accumulate_grad_batches": 4}
+    assert fit(tmp_path, model=Model(act), **options).global_step == 1
+    assert seen == [0, 1, 2, 3]
+    assert not request.exists() and not flag.exists()
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=False)["global_step"] == 1
+    assert monitor()[-1] == {"type": "bye", "error": None}
+    assert fit(tmp_path, model=Model(seen.append), last=True, **options).global_step == 2
+    assert seen == list(range(8))
+    assert flag.exists()
+
+
 def test_a_search_for_the_learning_rate_is_not_a_training(flag: Path, monitor: Heard, tmp_path: Path) -> None:
     """It trains, removes its checkpoint, and leaves by Lightning's _TunerExitException, which calls teardown."""
     model = Model()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT, Started, wait_until
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -22,7 +24,14 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 
 import ft_monitor
 from ft_callback import FaultToleranceCallback, TimeoutState, read_kills
-from ft_monitor import Clocks, ConfigError, FaultToleranceConfig, RankMonitorClient, RankMonitorClientError
+from ft_monitor import (
+    Clocks,
+    ConfigError,
+    FaultToleranceConfig,
+    RankMonitorClient,
+    RankMonitorClientError,
+    maximum_of_ranks,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's hints for small trainings
 
@@ -135,6 +144,22 @@ def test_a_measured_section_without_a_timeout_counts_into_that_of_heartbeats(hea
     client.end_section("save")
     assert client.calculate_and_set_hb_timeouts()
     assert client.hb_timeouts.subsequent == (2 + 40) * 5
+
+
+def test_a_rank_waits_for_one_that_does_something_alone_as_long_as_in_any_collective(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    limits: list[tuple[Any, ...]] = []
+
+    class Work:
+        def wait(self, *limit: Any) -> None:
+            limits.append(limit)
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: "gloo")
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, **options: Work())
+    assert maximum_of_ranks([1.0, 2.0]) == maximum_of_ranks([1.0, 2.0], within=60) == [1.0, 2.0]
+    assert limits == [(), (datetime.timedelta(seconds=60),)]
 
 
 def test_the_state_goes_from_one_run_to_the_next_and_outliers_fade(heard: Heard, clock: Time) -> None:
