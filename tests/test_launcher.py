@@ -85,7 +85,8 @@ def our_lines(output: str) -> list[str]:
 
 def endings(output: str) -> list[str]:
     """What the launcher says of each attempt that failed: a line, and those below it that are indented."""
-    return re.findall(r"^\[ft_launcher\] (attempt \d+.*(?:\n  .*)*)", output, re.MULTILINE)
+    found = re.findall(r"^\[ft_launcher\] (attempt \d+.*(?:\n\[ft_launcher\]   .*)*)", output, re.MULTILINE)
+    return [text.replace("\n[ft_launcher] ", "\n") for text in found]
 
 
 def gone_within(seconds: float, mark: Path) -> None:

@@ -1568,7 +1568,7 @@ def test_a_command_that_cannot_be_started_is_one_line_and_the_status_of_a_shell(
     (tmp_path / "no_permission").touch()
     (tmp_path / "no_program").write_text("text")
     (tmp_path / "no_program").chmod(0o755)
-    expected = f"[ft_monitor attempt 0] cannot start {command!r}: {reason}"
+    expected = f"[ft_monitor attempt 0 rank 0] cannot start {command!r}: {reason}"
     assert run_monitor(start, "--", command) == (status, [expected])
 
 
