@@ -319,6 +319,11 @@ def signal_name(number: int) -> str:
         return f"signal {number}"  # a real-time signal
 
 
+def is_failure(verdict: str | None) -> bool:
+    """Whether an attempt failed: it neither ended well nor was told to end."""
+    return verdict is not None and not verdict.startswith(STOPPED)
+
+
 def describe_places(suspect: int | None, places: Mapping[int, Place], silent: Mapping[int, str] | None = None) -> str:
     """Where the ranks were, in one line: the suspect first, then those who were at the same place together.
 
@@ -387,7 +392,6 @@ def incident(
     # Where ranks waited for one, no step was made after its last heartbeat.
     last = min((r["heartbeat"] for r in reports if r["heartbeat"]), default=None)
     end = max((r["ended"] for r in reports if r["ended"]), default=now or time.time())
-    failed = verdict is not None and not verdict.startswith(STOPPED)
     suspect_rank = None if suspect is None else suspect["rank"]
     silent = {
         r["rank"]: (r["state"] or {}).get("state", "unknown")
@@ -401,7 +405,7 @@ def incident(
         "first_heartbeat": min((r["first_heartbeat"] for r in reports if r["first_heartbeat"]), default=None),
         "last_heartbeat": last,
         "end": end,
-        "detection": end - last if failed and last is not None else None,
+        "detection": end - last if last is not None and is_failure(verdict) else None,
         "restart": None if previous_end is None else start - previous_end,
         "first_step": min((r["first_step"] for r in reports if r["first_step"] is not None), default=None),
         "last_step": max((r["step"] for r in reports if r["step"] is not None), default=None),
@@ -792,7 +796,7 @@ class FaultToleranceAgent(LocalElasticAgent):
         super()._shutdown(death_sig, timeout + int(STOP_MARGIN_SECONDS), **kwargs)
         self._note_incident(stopped)
         incidents = read_incidents(self._run_dir)
-        if len(incidents) > 1 or any(row["verdict"] for row in incidents):
+        if len(incidents) > 1 or any(is_failure(row["verdict"]) for row in incidents):
             width = line_width(sys.stderr) - len("[ft_launcher] ")
             log.info("%s", render_report(incidents, width, colour=sys.stderr.isatty()))
 

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from conftest import ROOT, Started
 from test_launcher import endings, gone_within, our_lines, read_reports
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 import ft_launcher
@@ -517,6 +518,35 @@ def test_the_failed_ranks_missing_report_is_made_up_from_what_torch_knows(
     assert warnings[-1] == "rank 1: its report is missing; its monitor (pid 2001) ended with status 7"
     assert len(warnings) == (1 if report_file is None else 2)
     assert verdict.endswith(" at step 10: rank 1 (its monitor's pid 2001) ended with exit code 7")
+
+
+def test_a_node_whose_ranks_are_ended_for_another_nodes_failure_tells_where_the_evidence_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    agent = Agent(tmp_path)
+    agent._pcontext = None
+    monkeypatch.setattr(LocalElasticAgent, "_shutdown", lambda *_: None)
+    monkeypatch.setattr(ft_launcher.log, "propagate", True)
+    agent._stop_workers(None)  # type: ignore[arg-type]
+    what = "another node's workers failed, or nodes joined; restarting"
+    assert [line.getMessage() for line in caplog.records] == [f"attempt 0: {what}; evidence: {tmp_path / 'attempt_0'}"]
+
+
+@pytest.mark.parametrize(("status", "shown"), [(7, True), (0, False)])
+def test_the_summary_is_shown_at_the_end_of_a_single_attempt_if_it_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, status: int, shown: bool
+) -> None:
+    agent = Agent(tmp_path)
+    agent._pcontext = None
+    monkeypatch.setattr(LocalElasticAgent, "_shutdown", lambda *_: None)
+    monkeypatch.setattr(ft_launcher.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(ft_launcher.log, "propagate", True)
+    write_reports(agent._attempt_dir, [report(0, stopped=None, status=status)])
+    with caplog.at_level(logging.INFO, "ft_launcher"):
+        agent._shutdown()
+    texts = [line.getMessage() for line in caplog.records]
+    assert len(texts) == int(shown) and all("goodput" in text for text in texts)
+    assert all(len(line) <= 100 - len("[ft_launcher] ") for text in texts for line in text.splitlines())
 
 
 def test_an_incident_has_the_host_the_times_the_steps_and_what_the_end_cost() -> None:
