@@ -52,6 +52,7 @@ import functools
 import importlib
 import importlib.machinery
 import json
+import linecache
 import logging
 import math
 import os
@@ -62,10 +63,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import torch.distributed.launcher.api
 import torch.distributed.run
@@ -74,7 +76,7 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, W
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.events import get_logging_handler
 from torch.distributed.elastic.multiprocessing import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure, record
 from torch.distributed.elastic.rendezvous import RendezvousError, rendezvous_handler_registry
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
@@ -87,16 +89,28 @@ HEALTH_CHECK_SECONDS = 60.0  # how long a health check of the node may take
 FLAG_VARIABLE = "FAULT_TOL_FINISHED_FLAG_FILE"
 STOP_MARGIN_SECONDS = 20.0  # what a monitor may take after its rank's grace: SIGKILL, reaping, report
 MAX_PLACES = 4  # in a verdict, which must fit a screen
+MAX_COLUMNS = 100  # of a report, where no terminal says otherwise
 SHOW_FLAGS = ("--ft-status", "--ft-report")
-# What gloo, NCCL and c10d say when another rank is gone or does not come.
+STOPPED = "stopped by"  # begins the verdict on an attempt that was told to end
+ELSEWHERE = "this node's ranks wait for another node's: see the verdict of that node's launcher"
+
+# What c10d, gloo and NCCL raise when another rank is gone or does not come; not what a rank's own connections do,
+# nor what a DataLoader worker does, whose error torch raises as a RuntimeError too.
 COMMUNICATION_ERROR = re.compile(
-    "connection|peer|timed? ?out|timeout|nccl|gloo|broken pipe|ProcessGroup|TCPStore|DistBackendError", re.IGNORECASE
+    r"Dist\w*Error\b|RuntimeError: (?!Caught ).*"
+    r"(gloo|nccl|c10d|TCPStore|ProcessGroup|monitoredBarrier|connectFullMesh|Socket Timeout|closed by peer)",
+    re.IGNORECASE,
 )
 
 # What may go away on another node, or by itself: not the code's fault.
 INFRASTRUCTURE_ERROR = re.compile(
-    f"{COMMUNICATION_ERROR.pattern}|CUDA error|CUDNN|ECC|Input/output|Stale file|No space|quota", re.IGNORECASE
+    rf"{COMMUNICATION_ERROR.pattern}|\b(connection(\w*error)?|\w*timeout(error)?|timed? out|broken pipe|CUDA error|"
+    r"CUDNN\w*|ECC|Input/output|Stale file|No space|quota)\b",
+    re.IGNORECASE,
 )
+
+# Work.wait() and what waits for a device are C code without a frame: the line that calls them is the innermost.
+WAITING_CALL = re.compile(r"\.(wait|synchronize|item|tolist|cpu)\(")
 
 log = logging.getLogger("ft_launcher")
 
@@ -104,6 +118,7 @@ log = logging.getLogger("ft_launcher")
 # -------------------------------------------------------------------------------------- what happened, from reports
 
 Report = dict[str, Any]  # what a monitor writes: see RankMonitor.report
+Incident = dict[str, Any]  # how an attempt ended: see incident()
 
 
 class Place(NamedTuple):
@@ -126,19 +141,47 @@ def read_reports(directory: Path) -> list[Report]:
     for path in directory.glob("rank*.json"):
         try:
             report = json.loads(path.read_text(encoding="utf-8"))
-            reports.append(collections.defaultdict(lambda: None, report, rank=int(report["rank"])))
+            reports.append(with_gaps(report, rank=int(report["rank"])))
         except (OSError, ValueError, TypeError, KeyError) as error:
             log.warning("cannot read the report %s: %s", path, error)
     return sorted(reports, key=lambda report: report["rank"])
 
 
-def read_place(path: Path) -> Place | None:
-    """The place of the main thread in the last stacks of a file that show a line of the user's, or else in the last."""
+def with_gaps(values: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """What was read from a file: what is not there is None."""
+    return collections.defaultdict(lambda: None, values, **more)
+
+
+def report_of_failure(rank: int, failure: ProcessFailure) -> Report:
+    """What torch knows of a rank that failed and whose report is missing."""
+    pid, status = failure.pid, failure.exitcode
+    log.warning("rank %d: its report is missing; its monitor (pid %d) ended with status %d", rank, pid, status)
+    return with_gaps({}, rank=rank, monitor_pid=pid, status=status, ended=float(failure.timestamp))
+
+
+def read_places(directory: Path, reports: Sequence[Report]) -> dict[int, Place]:
+    """Where ranks were when they did not go on, by rank; stacks from before their last sign do not count."""
+    places = {}
+    for report in reports:
+        last_sign = max(report["heartbeat"] or 0.0, report["error_time"] or 0.0)
+        place = read_place(directory / f"rank{report['rank']}.stacks.txt", last_sign)
+        if place is not None:
+            places[report["rank"]] = place
+    return places
+
+
+def read_place(path: Path, since: float = 0.0) -> Place | None:
+    """The place of the main thread in the last stacks of a file that show a line of the user's, or else in the last.
+
+    Stacks from before `since`, in seconds since the epoch, do not count.
+    """
     try:
         text = path.read_text(errors="replace")
     except OSError:
         return None
-    dumps = [main_thread_frames(dump) for dump in text.split(f"\n{ft_monitor.STACKS_HEADER} ")]
+    _, *parts = re.split(rf"^{ft_monitor.STACKS_HEADER} (\d+\.\d+) .*\n", text, flags=re.MULTILINE)
+    times, texts = parts[::2], parts[1::2]
+    dumps = [main_thread_frames(text) for when, text in zip(times, texts, strict=True) if float(when) >= since]
     dumps = [frames for frames in dumps if frames]
     # A rank that is about to end, since its peer did, shows nothing but libraries.
     users = [frames for frames in dumps if not all(ft_monitor.is_library(file) for file, _, _ in frames)]
@@ -146,13 +189,21 @@ def read_place(path: Path) -> Place | None:
         return None
     frames = (users or dumps)[-1]
     file, line, function = next((frame for frame in frames if not ft_monitor.is_library(frame[0])), frames[-1])
-    leaf_file, _, leaf = frames[0]
-    waits = "/torch/distributed/" in leaf_file or leaf == "_engine_run_backward"
-    return Place(file, int(line), function, leaf, waits)
+    return Place(file, int(line), function, frames[0][2], waits_for_others(*frames[0]))
+
+
+def waits_for_others(file: str, line: str, function: str) -> bool:
+    """Whether the innermost line of a stack waits for other ranks, or for a device that does."""
+    if "/torch/distributed/" in file or "/torch/nn/parallel/" in file or function == "_engine_run_backward":
+        return True
+    linecache.checkcache(file)  # it may have been edited between two attempts
+    return bool(WAITING_CALL.search(linecache.getline(file, int(line))))
 
 
 def main_thread_frames(dump: str) -> list[tuple[str, str, str]]:
     """(file, line, function) of the main thread, innermost first. It is the oldest, which faulthandler puts last."""
+    if re.search(r"^\.\.\.$", dump, re.MULTILINE):
+        return []  # more threads than faulthandler writes
     threads = re.split(r"^(?:Current thread|Thread) 0x", dump, flags=re.MULTILINE)
     return re.findall(r'File "(.+)", line (\d+) in (.+)', threads[-1])
 
@@ -173,23 +224,39 @@ def without_place(error: str | None) -> str:
     return re.sub(r" \([^()]*:\d+ in [^()]*\)$", "", error or "")
 
 
-def find_suspect(reports: Sequence[Report], places: Mapping[int, Place]) -> tuple[Report, bool] | None:
-    """The rank that failed first or fell behind first, and whether that is certain; not merely the first one ended."""
+def find_suspect(
+    reports: Sequence[Report], places: Mapping[int, Place], world: int | None = None
+) -> tuple[Report, bool] | None:
+    """The rank that failed first or fell behind first, and whether that is certain; not merely the first one ended.
+
+    None where no report tells, or where all wait for ranks that are not among the `world` ranks here, by default all.
+    """
     failed = [report for report in reports if failed_by_itself(report)]
     # What a rank raises when it waits for one that is gone, or does not come, tells nothing of that one.
-    own = [report for report in failed if not COMMUNICATION_ERROR.search(without_place(report["error"]))]
+    own = [report for report in failed if not COMMUNICATION_ERROR.match(without_place(report["error"]))]
     if own:
         return min(own, key=failure_time), True
+    all_here = world is None or len(reports) >= world
     others = [report for report in reports if report not in failed]
-    if not failed:
-        return fell_behind(others, places) if others else None
     # Those who wait for others are not the ones that were waited for.
-    idle = [report for report in others if report["rank"] not in places or not places[report["rank"]].waits]
-    return (fell_behind(idle, places)[0] if idle else min(failed, key=failure_time)), False
+    idle = [report for report in others if not is_waiting(report, places)]
+    if not reports or not (idle or all_here):
+        return None
+    if not failed:
+        suspect, certain = fell_behind(others, places)
+        return suspect, certain and all_here
+    suspect = fell_behind(idle, places)[0] if idle else min(failed, key=failure_time)
+    return suspect, len(reports) == 1 and all_here
+
+
+def is_waiting(report: Report, places: Mapping[int, Place]) -> bool:
+    """Whether a rank waits for others, as far as one can tell: one that gave no stacks may do anything."""
+    return report["rank"] in places and places[report["rank"]].waits
 
 
 def fell_behind(reports: Sequence[Report], places: Mapping[int, Place]) -> tuple[Report, bool]:
-    """Of ranks that hang, or wait for one that does: who is stopped, at the lowest step, silent for longest, or odd."""
+    """Of ranks that hang, or wait for one that does: who is stopped, at the lowest step, not connected, does not wait,
+    is silent for longest, or odd."""
     stopped = [report for report in reports if (report["state"] or {}).get("state") == "T"]
     if stopped:
         return stopped[0], len(stopped) == 1
@@ -197,30 +264,55 @@ def fell_behind(reports: Sequence[Report], places: Mapping[int, Place]) -> tuple
     left = [report for report in reports if (-1 if report["step"] is None else report["step"]) == lowest]
     if len(left) == 1:
         return left[0], True
+    left = [report for report in left if report["connected"] is None] or left
+    left = [report for report in left if not is_waiting(report, places)] or left
     newest = max(report["heartbeat"] or 0.0 for report in left)
     left = [report for report in left if (report["heartbeat"] or 0.0) < newest - 1.0] or left
-    busy = [report for report in left if report["rank"] in places and not places[report["rank"]].waits]
-    left = busy or left
     crowd = collections.Counter(places.get(report["rank"]) for report in left)
     return min(left, key=lambda report: crowd[places.get(report["rank"])]), len(reports) == 1
 
 
 def describe_failure(report: Report) -> str:
     """What was wrong with a rank, in one sentence."""
-    who = f"rank {report['rank']} (pid {report['pid']})"
+    # Without a report, see report_of_failure(), the pid of its monitor is all that is known.
+    pid = f"its monitor's pid {report['monitor_pid']}" if report["pid"] is None else f"pid {report['pid']}"
+    who = f"rank {report['rank']} ({pid})"
     if report["error"] is not None:
         return f"{who} failed: {' '.join(str(report['error']).split())[:400]}"
     if report["ended"] is None:
         return f"{who}: its monitor (pid {report['monitor_pid']}) was killed, and the rank with it"
+    if report["verdict"]:
+        return f"{who} {report['stopped']}"
     if report["stopped"] is not None:
-        return f"{who} {report['stopped']}" if report["verdict"] else f"{who} did not go on"
+        what = "connection" if report["connected"] is None else "heartbeat"
+        since = report["heartbeat"] or report["connected"] or report["started"] or report["ended"]
+        return f"{who} did not go on: no {what} for {report['ended'] - since:.1f} s"
+    return f"{who} {describe_status(report)}"
+
+
+def describe_status(report: Report) -> str:
+    """How a rank ended that nobody here has stopped."""
     status = report["status"] or 0
+    if status == 0:
+        return "ended with exit code 0, while others went on"
     if status > 0:
-        return f"{who} ended with exit code {status}"
+        early = " before it connected: see its output above" if report["pid"] and report["connected"] is None else ""
+        return f"ended with exit code {status}{early}"
     if -status != signal.SIGKILL:
-        return f"{who} ended by {signal_name(-status)}"
+        return f"ended by {signal_name(-status)}"
     memory = f": out of memory, the kernel's count of such kills rose by {report['oom_kills']}"
-    return f"{who} ended by SIGKILL, which nobody here sent{memory if report['oom_kills'] else ' (out of memory?)'}"
+    return f"ended by SIGKILL, which nobody here sent{memory if report['oom_kills'] else ' (out of memory?)'}"
+
+
+def describe_end(suspect: Report | None, reports: Sequence[Report]) -> str | None:
+    """The verdict on an attempt that failed: what was wrong with the suspect, and what another rank noticed of it."""
+    if suspect is not None and failed_by_itself(suspect):
+        return describe_failure(suspect)
+    noticed = [describe_failure(report) for report in reports if failed_by_itself(report)]
+    if suspect is not None:
+        return "; ".join([describe_failure(suspect), *noticed[:1]])
+    noticed += [describe_failure(report) for report in reports if report["verdict"]]
+    return "; ".join([ELSEWHERE, *noticed[:1]]) if reports else None
 
 
 def signal_name(number: int) -> str:
@@ -230,19 +322,34 @@ def signal_name(number: int) -> str:
         return f"signal {number}"  # a real-time signal
 
 
-def describe_places(suspect: int, places: Mapping[int, Place]) -> str:
-    """Where the ranks were, in one line: the suspect first, then those who were at the same place together."""
-    groups = collections.defaultdict(list)
-    for rank, place in places.items():
-        if rank != suspect:
-            groups[place].append(rank)
-    parts = [f"rank {suspect} is at {places[suspect]}"] if suspect in places else []
-    for place, ranks in sorted(groups.items(), key=lambda group: -len(group[1]))[:MAX_PLACES]:
+def is_failure(verdict: str | None) -> bool:
+    """Whether an attempt failed: it neither ended well nor was told to end."""
+    return verdict is not None and not verdict.startswith(STOPPED)
+
+
+def describe_places(suspect: int | None, places: Mapping[int, Place], silent: Mapping[int, str] | None = None) -> str:
+    """Where the ranks were, in one line: the suspect first, then those who were at the same place together.
+
+    `silent`: the states of ranks that were asked for their stacks and did not answer.
+    """
+    parts = [] if suspect is None or suspect not in places else [f"rank {suspect} is at {places[suspect]}"]
+    for state, ranks in gather(silent or {}):
+        parts.append(f"{ranks_text(ranks)} gave no stacks (state {state})")
+    groups = gather({rank: place for rank, place in places.items() if rank != suspect})
+    for place, ranks in groups[:MAX_PLACES]:
         verb = ("waits" if len(ranks) == 1 else "wait") if place.waits else ("is" if len(ranks) == 1 else "are")
         parts.append(f"{ranks_text(ranks)} {verb} at {place}")
     if len(groups) > MAX_PLACES:
         parts.append(f"{len(groups) - MAX_PLACES} more places")
     return "; ".join(parts)
+
+
+def gather(what: Mapping[int, Any]) -> list[tuple[Any, list[int]]]:
+    """What ranks have in common, and which ranks; the largest group first."""
+    groups = collections.defaultdict(list)
+    for rank, value in what.items():
+        groups[value].append(rank)
+    return sorted(groups.items(), key=lambda group: -len(group[1]))
 
 
 def ranks_text(ranks: Iterable[int]) -> str:
@@ -267,44 +374,59 @@ def duration(seconds: float) -> str:
 
 
 def incident(
-    attempt: int, start: float, reports: Sequence[Report], places: Mapping[int, Place], stopped: str | None
-) -> dict[str, Any]:
+    attempt: int,
+    start: float,
+    reports: Sequence[Report],
+    places: Mapping[int, Place],
+    stopped: str | None,
+    *,
+    world: int | None = None,
+    previous_end: float | None = None,
+    now: float | None = None,
+) -> Incident:
     """One line of incidents.jsonl. Times are seconds since the epoch; steps are the training's.
 
-    `stopped`: why all ranks were stopped, where that was not for a failure of one of them.
+    `stopped`: why all ranks were stopped, where that was not for a failure of one of them; `world`: the number of
+    ranks on all nodes; `now`: the end, where no report tells of one.
     """
     well = stopped is not None or all(report["status"] == 0 for report in reports)
-    suspect, certain = (None if well else find_suspect(reports, places)) or (None, True)
-    verdict = stopped if suspect is None else describe_failure(suspect)
-    if suspect is not None and not failed_by_itself(suspect):  # what another rank noticed of it belongs to it
-        noticed = [describe_failure(report) for report in reports if failed_by_itself(report)]
-        verdict = "; ".join([describe_failure(suspect), *noticed[:1]])
-    heartbeats = [report["heartbeat"] for report in reports if report["heartbeat"]]
+    suspect, certain = (None if well else find_suspect(reports, places, world)) or (None, True)
+    verdict = stopped if well else describe_end(suspect, reports)
+    # Where ranks waited for one, no step was made after its last heartbeat.
+    last = min((r["heartbeat"] for r in reports if r["heartbeat"]), default=None)
+    end = max((r["ended"] for r in reports if r["ended"]), default=now or time.time())
+    suspect_rank = None if suspect is None else suspect["rank"]
+    silent = {
+        r["rank"]: (r["state"] or {}).get("state", "unknown")
+        for r in reports
+        if r["stacks"] is False and r["rank"] not in places
+    }
     return {
         "attempt": attempt,
         "host": socket.gethostname(),
         "start": start,
         "first_heartbeat": min((r["first_heartbeat"] for r in reports if r["first_heartbeat"]), default=None),
-        # Where ranks waited for one, no step was made after its last heartbeat.
-        "last_heartbeat": min(heartbeats, default=None),
-        "end": max((r["ended"] for r in reports if r["ended"]), default=time.time()),
+        "last_heartbeat": last,
+        "end": end,
+        "detection": end - last if last is not None and is_failure(verdict) else None,
+        "restart": None if previous_end is None else start - previous_end,
         "first_step": min((r["first_step"] for r in reports if r["first_step"] is not None), default=None),
         "last_step": max((r["step"] for r in reports if r["step"] is not None), default=None),
         "saved_step": max((r["saved"] for r in reports if r["saved"] is not None), default=None),
         "statuses": {str(r["rank"]): r["status"] for r in reports},
         "connected": any(r["connected"] for r in reports),
-        "suspect": None if suspect is None else suspect["rank"],
+        "suspect": suspect_rank,
         "error": None if suspect is None else suspect["error"],
         "certain": certain,
         "verdict": verdict,
-        "ranks_at": "" if suspect is None else describe_places(suspect["rank"], places),
+        "ranks_at": "" if well else describe_places(suspect_rank, places, silent),
     }
 
 
 # ------------------------------------------------------------------------------------------ where the time went
 
 
-def read_incidents(run_dir: Path) -> list[dict[str, Any]]:
+def read_incidents(run_dir: Path) -> list[Incident]:
     incidents = []
     path = run_dir / "incidents.jsonl"
     try:
@@ -316,22 +438,22 @@ def read_incidents(run_dir: Path) -> list[dict[str, Any]]:
             entry = json.loads(line)
         except ValueError:
             entry = None
-        if isinstance(entry, dict) and "start" in entry:
-            incidents.append(entry)
+        if isinstance(entry, dict) and {"attempt", "start", "end"} <= set(entry):
+            incidents.append(with_gaps(entry))
         else:
             log.warning("skipped a line of %s that tells of no attempt", path)
     return incidents
 
 
 class TimeSpent(NamedTuple):
-    """Where the wall time of a run went, in seconds; `repeated` counts steps that were done again."""
+    """Where the wall time of a run went, in seconds; `repeated` counts steps that did not count."""
 
     total: float
     counted: float  # steps whose results are part of the training
-    lost: float  # steps that were done again
+    lost: float  # steps that were done again, or never saved
     detection: float  # from the last heartbeat of an attempt that failed to its end
     restart: float  # from the end of an attempt to the start of the next
-    setup: float  # from a start to its first heartbeat, and from the last heartbeat of one that ended well to its end
+    setup: float  # from a start to its first heartbeat, and from the last heartbeat to the end of one that did not fail
     repeated: int
 
 
@@ -347,72 +469,95 @@ def time_spent(incidents: Sequence[Mapping[str, Any]]) -> TimeSpent:
             continue
         begin, end = this["first_step"] or 0, this["last_step"] or 0
         steps = kept = end - begin
-        if following is not None:
-            resumed = following["first_step"] if following["first_step"] is not None else this["saved_step"]
-            kept = min(max((resumed or 0) - begin, 0), steps)
-        share = kept / steps if steps else float(this["suspect"] is None)
+        later = [row["first_step"] for row in incidents[index + 1 :] if row["first_step"] is not None]
+        if later or this["verdict"] is not None:  # of what failed, that counts which was saved, or gone on from
+            kept = min(max((min(later) if later else this["saved_step"] or 0) - begin, 0), steps)
+        detected = this["detection"] or 0.0
+        share = kept / steps if steps else float(not detected)
         counted += (last - first) * share
         lost += (last - first) * (1 - share)
-        if this["verdict"] is None:
-            setup += this["end"] - last
-        else:
-            detection += this["end"] - last
+        detection += detected
+        setup += this["end"] - last - detected
         repeated += steps - kept
     total = incidents[-1]["end"] - incidents[0]["start"] if incidents else 0.0
     return TimeSpent(total, counted, lost, detection, restart, setup, repeated)
 
 
-def render_report(incidents: Sequence[Mapping[str, Any]], width: int = 100, colour: bool = False) -> str:
-    """A row for each attempt, and where the time went; no line is longer than `width`. Failures are red in colour."""
+def render_report(incidents: Sequence[Incident], width: int = MAX_COLUMNS, colour: bool = False) -> str:
+    """What became of each attempt, and where the time went, in lines of at most `width`. Failures are red in colour."""
     lines = [f"{'attempt':>7}  {'started':<8}  {'ran':>10}  {'steps':>15}  {'saved':>7}  why it ended"]
     for row in incidents:
-        started = time.strftime("%H:%M:%S", time.localtime(row["start"]))
-        steps = "none" if row["last_step"] is None else f"{row['first_step']}-{row['last_step']}"
-        why = row["verdict"] or "ended well"
-        saved = "-" if row["saved_step"] is None else row["saved_step"]
-        ran = duration(row["end"] - row["start"])
-        text = f"{row['attempt']:>7}  {started:<8}  {ran:>10}  {steps:>15}  {saved:>7}  {why}"
-        lines.append(text)
+        red = colour and row["verdict"]
+        lines += [f"\033[31m{line}\033[0m" if red else line for line in render_incident(row, width)]
     spent = time_spent(incidents)
     share = 100 * spent.counted / spent.total if spent.total else 0.0
-    lines.append(f"goodput {share:.1f} %: {duration(spent.counted)} of {duration(spent.total)} in steps that counted")
-    lines.append(
-        f"lost: {duration(spent.setup)} set-up, {duration(spent.lost)} in {spent.repeated} steps done twice, "
-        f"{duration(spent.detection)} detection, {duration(spent.restart)} restart"
+    goodput = f"goodput {share:.1f} %: {duration(spent.counted)} of {duration(spent.total)}"
+    lost = (
+        f"lost: {duration(spent.setup)} set-up, {duration(spent.lost)} in {spent.repeated} steps done again or not "
+        f"saved, {duration(spent.detection)} detection, {duration(spent.restart)} restart"
     )
-    lines = [line if len(line) <= width else f"{line[: width - 3]}..." for line in lines]
-    for number, row in enumerate(incidents, 1):
-        if colour and row["verdict"]:
-            lines[number] = f"\033[31m{lines[number]}\033[0m"
-    return "\n".join(lines)
+    return "\n".join([*lines, *wrap(f"{goodput} wall time in steps that counted", width, ""), *wrap(lost, width, "")])
+
+
+def render_incident(row: Incident, width: int) -> list[str]:
+    """A row, and below it what does not fit."""
+    started = time.strftime("%H:%M:%S", time.localtime(row["start"]))
+    steps = "none" if row["last_step"] is None else f"{row['first_step']}-{row['last_step']}"
+    saved = "-" if row["saved_step"] is None else row["saved_step"]
+    ran = duration(row["end"] - row["start"])
+    text = f"{row['attempt']:>7}  {started:<8}  {ran:>10}  {steps:>15}  {saved:>7}"
+    guess = "suspect: " if row["certain"] is False else ""
+    why, indent = f"{guess}{row['verdict'] or 'ended well'}", " " * 9
+    fits = len(f"{text}  {why}") <= width
+    rows = [f"{text}  {why}"] if fits else [text, *wrap(why, width, indent)]
+    return rows + wrap(row["ranks_at"] or "", width, indent)
+
+
+def wrap(text: str, width: int, indent: str) -> list[str]:
+    return textwrap.wrap(text, max(width, 40), initial_indent=indent, subsequent_indent=f"{indent}  ")
+
+
+def line_width(stream: TextIO) -> int:
+    """How long a line may be: as the terminal, if it is one."""
+    return shutil.get_terminal_size((MAX_COLUMNS, 24)).columns if stream.isatty() else MAX_COLUMNS
 
 
 def render_status(reports: Sequence[Report], now: float) -> str:
-    """A row for each rank of an attempt that runs."""
-    lines = [f"{'rank':>4}  {'pid':>8}  {'attempt':>7}  {'step':>10}  {'heartbeat':>9}  {'limit':>8}  phase"]
+    """A row for each rank of an attempt that runs: the age of its last heartbeat, and the clock that is in force."""
+    head = f"{'rank':>4}  {'pid':>8}  {'attempt':>7}  {'step':>10}  {'heartbeat':>9}  {'clock':>9}  {'limit':>8}  phase"
+    lines = [head]
     for report in reports:
-        timeouts = report["timeouts"] or {}
-        clock = "rank_heartbeat_timeout" if report["heartbeat"] else "initial_rank_heartbeat_timeout"
-        since = report["heartbeat"] or report["connected"] or report["started"] or now
-        age = "-" if report["ended"] else f"{now - since:.1f} s"
-        limit = f"{timeouts[clock]:g} s" if clock in timeouts else "none"
-        step = "-" if report["step"] is None else report["step"]
-        pid, attempt = (report[name] if report[name] is not None else "-" for name in ("pid", "attempt"))
-        row = f"{report['rank']:>4}  {pid:>8}  {attempt:>7}  {step:>10}  {age:>9}  {limit:>8}"
-        lines.append(f"{row}  {phase(report)}")
+        over = report["ended"] or is_gone(report, "monitor_pid")
+        clock = {} if over else report["clock"] or {}
+        beat = "-" if over or report["heartbeat"] is None else f"{now - report['heartbeat']:.1f} s"
+        age = f"{now - clock['since']:.1f} s" if clock else "-"
+        limit = "none" if clock.get("limit") is None else f"{clock['limit']:g} s"
+        pid, attempt, step = ("-" if report[name] is None else report[name] for name in ("pid", "attempt", "step"))
+        row = f"{report['rank']:>4}  {pid:>8}  {attempt:>7}  {step:>10}  {beat:>9}  {age:>9}  {limit:>8}"
+        setting = f" ({clock['setting']})" if clock else ""
+        lines.append(f"{row}  {phase(report)}{setting}")
     return "\n".join(lines)
 
 
 def phase(report: Report) -> str:
     if report["ended"]:
         return report["stopped"] or f"ended with status {report['status']}"
+    if is_gone(report, "monitor_pid"):
+        return "gone"
     if report["error"] is not None:
         return f"failed: {report['error']}"
+    if report["over"]:
+        return "after training"
     if report["sections"]:
         return f"in {', '.join(report['sections'])}"
     if report["heartbeat"]:
         return "training"
     return "set-up" if report["connected"] else "starting"
+
+
+def is_gone(report: Report, process: str) -> bool:
+    """Whether a process that a report names, on this host, exists no more."""
+    return report["host"] == socket.gethostname() and not os.path.exists(f"/proc/{report[process]}")
 
 
 def find_run_dir(path: Path) -> Path:
@@ -425,28 +570,40 @@ def find_run_dir(path: Path) -> Path:
     return runs[-1].parent
 
 
+def ended_with_its_launcher(run_dir: Path, noted: Sequence[Incident]) -> list[Incident]:
+    """The newest attempt, if its launcher was killed and could not write down how it ended."""
+    reports = read_reports(run_dir / "latest")
+    if not reports or not all(is_gone(report, "launcher_pid") for report in reports):
+        return []
+    attempt = int(reports[0]["attempt"] or 0)
+    if attempt in [row["attempt"] for row in noted]:
+        return []
+    start = min(report["started"] or math.inf for report in reports)
+    last_sign = max(report["heartbeat"] or report["started"] or 0.0 for report in reports)
+    previous_end = noted[-1]["end"] if noted else None
+    why = "its launcher was killed"
+    return [with_gaps(incident(attempt, start, reports, {}, why, previous_end=previous_end, now=last_sign))]
+
+
 def show(argv: Sequence[str]) -> int:
     """--ft-status and --ft-report."""
-    parser = argparse.ArgumentParser(prog="ft_launcher.py")
+    parser = argparse.ArgumentParser(prog="ft_launcher.py", allow_abbrev=False)
     what = parser.add_mutually_exclusive_group(required=True)
     for flag in SHOW_FLAGS:
-        what.add_argument(flag, metavar="RUN_DIR", type=Path, nargs="?", const=Path(default_run_dir()))
+        what.add_argument(flag, flag.replace("-ft-", "-ft_"), metavar="RUN_DIR", nargs="?", const="")
     parser.add_argument("-w", "--watch", action="store_true", help="show the status again every second")
+    default = os.environ.get("PET_FT_RUN_DIR") or default_run_dir()
+    parser.add_argument("--ft-run-dir", "--ft_run_dir", metavar="DIR", default=default)
     args = parser.parse_args(argv)
+    path = Path(args.ft_status or args.ft_report or args.ft_run_dir)
     try:
-        run_dir = find_run_dir(args.ft_status or args.ft_report)
         if args.ft_report is not None:
-            incidents = read_incidents(run_dir)
-            if not incidents:
-                parser.error(f"no attempt of {str(run_dir)!r} has ended yet: see --ft-status")
-            print(f"{run_dir}\n{render_report(incidents, colour=sys.stdout.isatty())}")
+            print(report_of_run(find_run_dir(path)))
             return 0
         while True:
-            text = render_status(read_reports(run_dir / "latest"), time.time())
-            print(
-                f"\033[H\033[J{run_dir}\n{text}" if args.watch and sys.stdout.isatty() else f"{run_dir}\n{text}",
-                flush=True,
-            )
+            clear = "\033[H\033[J" if args.watch and sys.stdout.isatty() else ""
+            run_dir = find_run_dir(path)
+            print(f"{clear}{run_dir}\n{render_status(read_reports(run_dir / 'latest'), time.time())}", flush=True)
             if not args.watch:
                 return 0
             time.sleep(1.0)
@@ -454,6 +611,33 @@ def show(argv: Sequence[str]) -> int:
         parser.error(str(error))
     except KeyboardInterrupt:
         return 0
+    except BrokenPipeError:  # its reader has ended, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where the interpreter flushes what is left
+        return 0
+    except OSError as error:
+        parser.error(f"cannot read {error.filename!r}: {error.strerror}")
+
+
+def report_of_run(run_dir: Path) -> str:
+    incidents = read_incidents(run_dir)
+    incidents += ended_with_its_launcher(run_dir, incidents)
+    if not incidents:
+        raise ConfigError(f"no attempt of {str(run_dir)!r} has ended yet: see --ft-status")
+    return f"{run_dir}\n{render_report(incidents, line_width(sys.stdout), colour=sys.stdout.isatty())}"
+
+
+def asks_to_look(argv: Sequence[str]) -> bool:
+    """Whether show() is meant: one of its flags stands before anything that it does not know, such as a script."""
+    words = iter(argv)
+    for word in words:
+        name, _, value = word.replace("_", "-").partition("=")
+        if name in SHOW_FLAGS:
+            return True
+        if name == "--ft-run-dir" and not value:
+            next(words, None)
+        elif name not in ("-w", "--watch", "--ft-run-dir"):
+            return False
+    return False
 
 
 # ------------------------------------------------------------------------------------------------ whether to go on
@@ -529,6 +713,7 @@ class FaultToleranceAgent(LocalElasticAgent):
         self._attempt = -1
         self._started = 0.0  # the newest attempt, wall clock
         self._noted = -1  # the newest attempt that is in incidents.jsonl
+        self._ended: float | None = None  # that attempt, wall clock
         spec = self._worker_group.spec
         command = rank_command(spec.entrypoint, spec.args)
         # -I -S: quick to start, and nothing of the user's is imported instead of a standard module of the same name.
@@ -592,7 +777,7 @@ class FaultToleranceAgent(LocalElasticAgent):
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = super()._monitor_workers(worker_group)
         if result.state in (WorkerState.FAILED, WorkerState.UNHEALTHY):
-            self._decide()
+            self._decide(result.failures)
         return result
 
     def _stop_workers(self, worker_group: WorkerGroup, *args: Any, **kwargs: Any) -> None:
@@ -600,7 +785,8 @@ class FaultToleranceAgent(LocalElasticAgent):
         if self._pcontext is not None:
             self._pcontext.close()
         if self._note_incident("another node's workers failed, or nodes joined"):
-            log.warning("attempt %d: another node's workers failed, or nodes joined; restarting", self._attempt)
+            what = "another node's workers failed, or nodes joined; restarting"
+            log.warning("attempt %d: %s; evidence: %s", self._attempt, what, self._attempt_dir)
         super()._shutdown()
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30, **kwargs: Any) -> None:
@@ -610,12 +796,18 @@ class FaultToleranceAgent(LocalElasticAgent):
             signal.signal(number, signal.SIG_IGN)
         stopped = None
         if self._pcontext is not None and self._worker_group.state == WorkerState.HEALTHY:
-            stopped = f"stopped by {death_sig.name}"
+            stopped = f"{STOPPED} {death_sig.name}"
             log.warning("passing %s on to the ranks; they have %s s to end", death_sig.name, timeout)
         super()._shutdown(death_sig, timeout + int(STOP_MARGIN_SECONDS), **kwargs)
         self._note_incident(stopped)
-        if self._attempt > 0:
-            log.info("%s", render_report(read_incidents(self._run_dir), colour=sys.stderr.isatty()))
+        incidents = read_incidents(self._run_dir)
+        if len(incidents) > 1 or any(is_failure(row["verdict"]) for row in incidents):
+            width = line_width(sys.stderr) - len("[ft_launcher] ")
+            log.info("%s", render_report(incidents, width, colour=sys.stderr.isatty()))
+
+    def _world(self) -> int:
+        """The number of ranks on all nodes."""
+        return int(self._worker_group.workers[0].world_size)
 
     @property
     def _attempt_dir(self) -> Path:
@@ -637,18 +829,22 @@ class FaultToleranceAgent(LocalElasticAgent):
                 continue
         return False
 
-    def _note_incident(self, stopped: str | None = None, failed: bool = False) -> dict[str, Any] | None:
-        """Write down how an attempt ended, once, and return it."""
+    def _note_incident(
+        self, stopped: str | None = None, failures: Mapping[int, ProcessFailure] | None = None
+    ) -> Incident | None:
+        """Write down how an attempt ended, once, and return it; `failures`: of the ranks, as torch sees them."""
         if self._noted == self._attempt:
             return None
         self._noted = self._attempt
         reports = read_reports(self._attempt_dir)
-        places = {
-            rank: read_place(self._attempt_dir / f"rank{rank}.stacks.txt") for rank in [r["rank"] for r in reports]
-        }
-        known = {rank: place for rank, place in places.items() if place is not None}
-        entry = incident(self._attempt, self._started, reports, known, stopped)
-        if failed and entry["verdict"] is None:
+        missing = set(failures or {}) - {report["rank"] for report in reports}
+        reports += [report_of_failure(rank, failure) for rank, failure in (failures or {}).items() if rank in missing]
+        places = read_places(self._attempt_dir, reports)
+        entry = incident(
+            self._attempt, self._started, reports, places, stopped, world=self._world(), previous_end=self._ended
+        )
+        self._ended = entry["end"]
+        if failures is not None and entry["verdict"] is None:
             entry["verdict"] = "its workers failed, and there is no report of how"
         try:
             with open(self._run_dir / "incidents.jsonl", "a", encoding="utf-8") as file:
@@ -657,9 +853,9 @@ class FaultToleranceAgent(LocalElasticAgent):
             log.warning("cannot write %s: %s", self._run_dir / "incidents.jsonl", error.strerror)
         return entry
 
-    def _decide(self) -> None:
+    def _decide(self, failures: Mapping[int, ProcessFailure]) -> None:
         """After a failure: the roll call, and whether to restart."""
-        entry = self._note_incident(failed=True)
+        entry = self._note_incident(failures=failures)
         if entry is None:
             return
         requests = [report["request"] for report in read_reports(self._attempt_dir) if report["request"]]
@@ -741,16 +937,20 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.usage = "ft_launcher.py [options] SCRIPT [options of the script]  (--help lists all)"
     parser.description = "torchrun plus fault tolerance: restarts ranks that crash or hang."
     parser.allow_abbrev = False  # an option of the script may be the beginning of one of ours
-    FaultToleranceConfig.add_arguments(parser, action=env)
-    parser.add_argument(
+    parser.epilog = (
+        "To look at a run instead of starting one: --ft-status [RUN_DIR] [-w] shows how its ranks do, -w again every "
+        "second; --ft-report [RUN_DIR] shows what became of each attempt, and where the time went."
+    )
+    group = FaultToleranceConfig.add_arguments(parser, action=env)
+    group.add_argument(
         "--ft-max-no-progress-cycles", "--ft_max_no_progress_cycles", action=env, type=int, metavar="N", default=3,
         help="do not restart after N attempts in a row that saved no new checkpoint; 0: no limit (default: 3)",
     )  # fmt: skip
-    parser.add_argument(
+    group.add_argument(
         "--ft-node-health-check", "--ft_node_health_check", action=env, metavar="COMMAND", default=None,
-        help="run before each start of workers; unless it ends with 0 within 60 s, this node stays out",
+        help="run before each start of workers; unless it ends with 0 within 60 s, this node stays out (default: none)",
     )  # fmt: skip
-    parser.add_argument(
+    group.add_argument(
         "--ft-run-dir", "--ft_run_dir", action=env, metavar="DIR", default=default_run_dir(),
         help="directory below which each launcher keeps its evidence (default: %(default)s)",
     )  # fmt: skip
@@ -894,13 +1094,17 @@ def run(args: argparse.Namespace, job: Job) -> int:
         return EXIT_FAILED
     flag = os.environ.get(FLAG_VARIABLE)
     if flag and not os.path.exists(flag):
-        log.warning("the workers ended well, but training is not complete: there is no %s", flag)
+        hint = "no rank has connected to its monitor: is FaultToleranceCallback(autoresume=True) "
+        hint += "among the Trainer's callbacks?"
+        connected = any(row["connected"] for row in read_incidents(args.ft_run_dir)[-1:])
+        why = "" if connected else f"; {hint}"
+        log.warning("the workers ended well, but training is not complete: there is no %s%s", flag, why)
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0].replace("_", "-").partition("=")[0] in SHOW_FLAGS:
+    if asks_to_look(argv):
         return show(argv)
     args, config = parse_arguments(argv)
     ft_monitor.configure_logging("ft_launcher", config.log_level, "ft_launcher")

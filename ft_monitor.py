@@ -104,7 +104,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 PASSED_ON_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
 PEER_FAILED = signal.SIGABRT
 CHECKPOINTING = "checkpointing"  # the section in which a checkpoint is saved
-STACKS_HEADER = "==="  # begins the line before each dump of stacks
+STACKS_HEADER = "==="  # begins the line before each dump of stacks; its time, in seconds since the epoch, follows
 
 log = logging.getLogger("ft_monitor")
 
@@ -272,15 +272,22 @@ class FaultToleranceConfig:
         return dataclasses.replace(base, **{name: value for name, value in flags.items() if value is not None})
 
     @staticmethod
-    def add_arguments(parser: argparse.ArgumentParser, **options: Any) -> None:
-        """Add --ft-cfg-path and one flag for each setting; `options` go to every add_argument."""
+    def add_arguments(parser: argparse.ArgumentParser, **options: Any) -> argparse._ArgumentGroup:
+        """Add --ft-cfg-path and one flag for each setting; `options` go to every add_argument. Returns their group."""
         group = parser.add_argument_group("fault tolerance", "times in seconds, 'none' for never")
         group.add_argument(
-            "--ft-cfg-path", "--ft_cfg_path", metavar="FILE.json", help="file with settings; flags beat it", **options
-        )
+            "--ft-cfg-path", "--ft_cfg_path", metavar="FILE.json",
+            help="file with settings; flags beat it (default: none)", **options,
+        )  # fmt: skip
         for field in dataclasses.fields(FaultToleranceConfig):
-            flag = f"--ft-{field.name.replace('_', '-')}"
-            group.add_argument(flag, f"--ft_{field.name}", metavar="VALUE", help=field.metadata["meaning"], **options)
+            flag, default = (
+                f"--ft-{field.name.replace('_', '-')}",
+                getattr(FaultToleranceConfig(), field.name) or "none",
+            )
+            default = f"{default:g}" if isinstance(default, float) else default
+            text = f"{field.metadata['meaning']} (default: {default})"
+            group.add_argument(flag, f"--ft_{field.name}", metavar="VALUE", help=text, **options)
+        return group
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -475,8 +482,12 @@ class Clocks:
 
     def first(self) -> Clock | None:
         """The clock that runs out first, if any has a limit."""
-        clock = min(self.running(), key=lambda clock: clock.deadline, default=None)
+        clock = self.nearest()
         return None if clock is None or clock.limit is None else clock
+
+    def nearest(self) -> Clock | None:
+        """The clock that runs out first; where none has a limit, the heartbeats' if it runs. None after training."""
+        return min(reversed(self.running()), key=lambda clock: clock.deadline, default=None)
 
     def running(self) -> list[Clock]:
         """The clocks that run now, with and without a limit."""
@@ -853,11 +864,17 @@ def is_library(file: str) -> bool:
 
 
 def describe_error(error: BaseException) -> str:
-    """An exception and the user's line that it came from, in one line."""
+    """An exception and the user's line that it came from, in one line.
+
+    What failed in a DataLoader worker is the last line of its text, below the worker's traceback.
+    """
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not is_library(frame.filename)]
     place = f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno} in {frames[-1].name})" if frames else ""
-    text = " ".join(f"{type(error).__name__}: {error}".removesuffix(": ").split())
-    return (text if len(text) <= 300 else f"{text[:300]}...") + place
+    lines = f"{type(error).__name__}: {error}".removesuffix(": ").strip().splitlines()
+    text = " ".join(" ".join(lines).split())
+    if len(text) > 300:
+        text = f"{text[:300]}..." if len(lines) == 1 else f"{lines[0].strip()[:150]} ... {lines[-1].strip()[:150]}"
+    return text + place
 
 
 def arm_stacks() -> bool:
@@ -1058,6 +1075,7 @@ class RankMonitor:
         self.report_path = report_path
         self.report_written = -math.inf  # when
         self.report_is_old = False
+        self.report_failed = False  # the last time; a file system that fails may come back
         self.oom_kills = oom_kills()
         self.clocks = Clocks(config, time.monotonic())
         self.reader = MessageReader()
@@ -1074,6 +1092,7 @@ class RankMonitor:
             "rank": rank_number(),
             "attempt": int(os.environ.get("FT_ATTEMPT") or 0),
             "host": socket.gethostname(),
+            "launcher_pid": self.parent_pid,
             "monitor_pid": os.getpid(),
             "pid": None,
             "started": None,  # wall clock, seconds since the epoch
@@ -1088,8 +1107,10 @@ class RankMonitor:
             "saved": None,  # step of the newest checkpoint that this rank has reported
             "sections": [],  # that are open
             "timeouts": {},  # in force, by setting, in seconds
+            "clock": None,  # that runs out first: {setting, since, limit}; since is wall clock
+            "over": False,  # whether monitoring is over: training ended, well or not
             "verdict": None,  # the clock that ran out: {setting, limit, calculated, waited, step}
-            "state": {},  # of the process when a clock ran out: {state, wchan}
+            "state": {},  # of the process before the monitor ended it: {state, wchan}
             "stacks": None,  # whether it wrote its stacks before it was ended; null: it was not asked
             "oom_kills": 0,  # in its control group, or else on this host, while it ran
             "stopped": None,  # why the monitor ended the rank; null: it ended by itself
@@ -1218,8 +1239,8 @@ class RankMonitor:
         skipped = self.reader.skipped
         kinds = set()
         for message in self.reader.feed(data):
-            if message["type"] == "heartbeat" and self.report["verdict"] is not None:
-                continue  # too late: a stopped rank is continued for its stacks
+            if message["type"] == "heartbeat" and (self.report["verdict"] is not None or self.is_survivor):
+                continue  # too late: a stopped rank is continued for its stacks, which are of before
             for lap in self.clocks.hear(message, now):
                 self._warn_if_slow(lap)
             self._note_times(message["type"])
@@ -1307,7 +1328,6 @@ class RankMonitor:
         reason = f"hung: {clock.waiting_for} for {waited:.1f} s{self._at_step()} ({kind} {limit:g} s)"
         termination = signal.Signals[self.config.rank_termination_signal]
         log.warning("%s: %s; sending %s", self._who(), reason, termination.name)
-        self.report["state"] = process_state(self.rank.pid)
         self._stopping(reason, now + TERMINATION_SECONDS)
         self._take_stacks(reason)
         if termination == signal.SIGKILL:
@@ -1346,7 +1366,7 @@ class RankMonitor:
             return None
         try:
             with open(path, "ab") as file:
-                file.write(f"\n{STACKS_HEADER} {time.strftime('%H:%M:%S')} {why}\n".encode())
+                file.write(f"\n{STACKS_HEADER} {time.time():.6f} ({time.strftime('%H:%M:%S')}) {why}\n".encode())
                 size = file.tell()
         except OSError:
             return None
@@ -1355,10 +1375,11 @@ class RankMonitor:
 
     def _take_stacks(self, why: str) -> None:
         """Wait for the stacks, but not for long: a process in uninterruptible sleep writes none."""
+        self.report["state"] = process_state(self.rank.pid)
         size = self._ask_for_stacks(why)
-        self.report["stacks"] = False
         if size is None:
             return
+        self.report["stacks"] = False
         signal_session(self.rank.pid, signal.SIGCONT)  # a stopped process does not answer
         path, deadline = evidence_path("stacks.txt"), time.monotonic() + STACKS_SECONDS
         while time.monotonic() < deadline and path is not None:
@@ -1408,16 +1429,26 @@ class RankMonitor:
         clocks = self.clocks
         self.report_written, self.report_is_old = time.monotonic(), False
         self.report.update(step=clocks.step, saved=clocks.saved, request=clocks.request, sections=list(clocks.sections))
-        self.report.update(error=clocks.error, timeouts=clocks.config.timeouts())
-        if self.report_path is not None and not self._write(self.report_path, self.report):
-            self.report_path = None
+        self.report.update(error=clocks.error, over=clocks.over is not None, timeouts=clocks.config.timeouts())
+        self.report["clock"] = self._clock_for_people()
+        if self.report_path is not None:
+            self.report_failed = not self._write(self.report_path, self.report, quiet=self.report_failed)
 
-    def _write(self, path: Path, values: Mapping[str, Any]) -> bool:
+    def _clock_for_people(self) -> dict[str, Any] | None:
+        clock = self.clocks.nearest()
+        if clock is None:
+            return None
+        since = time.time() - (time.monotonic() - clock.since)
+        return {"setting": clock.setting, "since": round(since, 3), "limit": clock.limit}
+
+    def _write(self, path: Path, values: Mapping[str, Any], quiet: bool = False) -> bool:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)  # without a launcher, nobody has made it
             write_json(path, values)
         except (OSError, ValueError) as error:  # ValueError: the rank gave a name that no file can have
-            log.warning("%s: cannot write %r: %s", self._who(), str(path), error)
+            log.log(
+                logging.DEBUG if quiet else logging.WARNING, "%s: cannot write %r: %s", self._who(), str(path), error
+            )
             return False
         return True
 
@@ -1437,11 +1468,22 @@ class NeverWaitingHandler(logging.StreamHandler):
             super().emit(record)
 
 
+class PrefixFormatter(logging.Formatter):
+    """Begins every line with who speaks, since the output of ranks comes in between."""
+
+    def __init__(self, prefix: str) -> None:
+        super().__init__()
+        self.prefix = prefix
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(f"[{self.prefix}] {line}" for line in super().format(record).split("\n"))
+
+
 def configure_logging(name: str, level: str, prefix: str) -> None:
     """Send this program's own lines to stderr, with a prefix that tells them from the ranks' output."""
     logger = logging.getLogger(name)
     handler = NeverWaitingHandler()
-    handler.setFormatter(logging.Formatter(f"[{prefix}] %(message)s"))
+    handler.setFormatter(PrefixFormatter(prefix))
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(level)
 
@@ -1482,7 +1524,8 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, FaultToler
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     args, config = parse_arguments(sys.argv[1:] if argv is None else argv)
-    configure_logging("ft_monitor", config.log_level, f"ft_monitor attempt {os.environ.get('FT_ATTEMPT') or 0}")
+    attempt = os.environ.get("FT_ATTEMPT") or 0
+    configure_logging("ft_monitor", config.log_level, f"ft_monitor attempt {attempt} rank {rank_number()}")
     monitor = RankMonitor(args.command, config, args.shutdown_timeout, args.parent_pid, evidence_path("json"))
     end_like(monitor.run())
 

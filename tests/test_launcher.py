@@ -85,7 +85,8 @@ def our_lines(output: str) -> list[str]:
 
 def endings(output: str) -> list[str]:
     """What the launcher says of each attempt that failed: a line, and those below it that are indented."""
-    return re.findall(r"^\[ft_launcher\] (attempt \d+.*(?:\n  .*)*)", output, re.MULTILINE)
+    found = re.findall(r"^\[ft_launcher\] (attempt \d+.*(?:\n\[ft_launcher\]   .*)*)", output, re.MULTILINE)
+    return [text.replace("\n[ft_launcher] ", "\n") for text in found]
 
 
 def gone_within(seconds: float, mark: Path) -> None:
@@ -440,6 +441,17 @@ def test_a_script_may_be_a_module_a_command_or_run_by_its_path(start: Callable[.
         assert "Traceback" not in job.output
 
 
+def test_the_help_lists_the_flags_that_look_at_a_run_and_the_default_of_each_of_ours() -> None:
+    parser = ft_launcher.get_args_parser()
+    text = " ".join(parser.format_help().split())
+    assert "--ft-status [RUN_DIR] [-w]" in text and "--ft-report [RUN_DIR]" in text
+    (group,) = (group for group in parser._action_groups if group.title == "fault tolerance")
+    ours = [action for action in parser._actions if action.dest.startswith("ft_")]
+    assert ours == [action for action in group._group_actions if action.help is not None] and len(ours) == 15
+    assert [action.dest for action in ours if "(default: " not in (action.help or "")] == []
+    assert "(default: none)" in text and "(default: 5)" in text and "(default: SIGKILL)" in text
+
+
 def test_what_follows_the_script_reaches_it_untouched(launch: Launch) -> None:
     """Beginnings of torchrun's options and of ours, options equal to them, and settings from all four places."""
     arguments = [
@@ -666,7 +678,7 @@ def test_torch_still_has_what_the_agent_overrides_and_uses() -> None:
         assert list(inspect.signature(getattr(LocalElasticAgent, name)).parameters) == parameters, name
     # Used: attributes that torch's __init__ sets.
     used = set(re.findall(r"self\.(_\w+)", inspect.getsource(agent))) - vars(agent).keys()
-    used -= set(re.findall(r"self\.(_\w+) =", inspect.getsource(agent.__init__)))
+    used -= set(re.findall(r"self\.(_\w+)(?:: [^=]+)? =", inspect.getsource(agent.__init__)))
     assert used == {"_pcontext", "_worker_group", "_remaining_restarts", "_shutdown_timeout"}
     set_by_torch = inspect.getsource(LocalElasticAgent.__init__) + inspect.getsource(SimpleElasticAgent.__init__)
     assert used <= set(re.findall(r"self\.(_\w+)(?:: .*)? =", set_by_torch))

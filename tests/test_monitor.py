@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import logging
 import os
 import random
 import re
@@ -833,6 +834,10 @@ def test_a_rank_that_hangs_is_killed_when_its_time_is_over_and_not_before(
     assert report["stopped"].startswith("hung: ") and report["stopped"] in watched.started.output
     assert report["stacks"] is True and STACKS_OF_THE_RANK in watched.stacks
     assert report["state"]["state"] in "RSTt"
+    header = re.search(
+        rf"^{ft_monitor.STACKS_HEADER} (\d+\.\d+) .*{re.escape(report['stopped'])}", watched.stacks, re.M
+    )
+    assert header is not None and 0 <= report["ended"] - float(header[1]) < LATE_SECONDS
 
 
 def test_a_rank_that_never_connects_is_killed_when_its_time_is_over(watch: Watch) -> None:
@@ -840,6 +845,7 @@ def test_a_rank_that_never_connects_is_killed_when_its_time_is_over(watch: Watch
     assert watched.ends() == -signal.SIGKILL
     report = watched.report
     assert (report["verdict"]["setting"], report["connected"]) == ("startup_timeout", None)
+    assert report["stacks"] is None, "it could not be asked for them"
     assert 0.4 <= report["verdict"]["waited"] < 0.4 + LATE_SECONDS
 
 
@@ -1514,6 +1520,9 @@ sys.exit(3)
     assert (report["rank"], report["attempt"], report["host"]) == (5, 2, socket.gethostname())
     assert report["monitor_pid"] == watched.started.pid
     assert before <= report["started"] <= time.time()
+    assert report["clock"] == {"setting": "startup_timeout", "since": report["clock"]["since"], "limit": None}
+    assert abs(report["clock"]["since"] - report["started"]) < LATE_SECONDS and not report["over"]
+    assert report["launcher_pid"] == os.getpid()
     assert {report[name] for name in ("connected", "heartbeat", "ended", "status", "stopped", "verdict")} == {None}
     watched.tell("go")
     wait_until(lambda: watched.report["saved"] == 8, 5, "the report of the checkpoint")
@@ -1521,10 +1530,13 @@ sys.exit(3)
     assert (report["first_step"], report["step"], report["sections"]) == (7, 8, ["save"])
     assert report["timeouts"] == {"rank_heartbeat_timeout": 20.0}
     assert report["started"] <= report["connected"] <= report["heartbeat"]
+    assert (report["clock"]["setting"], report["clock"]["limit"]) == ("rank_heartbeat_timeout", 20.0)
+    assert abs(report["clock"]["since"] - report["heartbeat"]) < LATE_SECONDS
     watched.tell("end")
     assert watched.ends() == 3
     report = watched.report
     assert (report["status"], report["error"], report["stopped"]) == (3, "ValueError: x", None)
+    assert report["over"] and report["clock"]["setting"] == "exit_timeout"
     assert report["heartbeat"] <= report["error_time"] <= report["ended"] <= time.time()
     assert sorted(path.name for path in watched.report_path.parent.iterdir()) == ["rank5.json", "rank5.stacks.txt"]
 
@@ -1552,6 +1564,71 @@ def test_without_a_place_for_its_report_the_monitor_does_its_work(watch: Watch, 
     assert watched.ends() == -signal.SIGKILL
     assert ["cannot write" in text for text in watched.log].count(True) == 1
     assert "hung: no heartbeat" in watched.started.output
+
+
+def test_a_report_that_could_not_be_written_is_written_when_its_place_is_back(watch: Watch, tmp_path: Path) -> None:
+    (tmp_path / "place").touch()
+    body = """
+client.init_workload_monitoring()
+client.report_saved(1)
+tell("ready")
+told("go")
+client.report_saved(2)
+"""
+    watched = watch(body, environment={"FT_RUN_DIR": str(tmp_path / "place")})
+    watched.told("ready")
+    wait_until(lambda: watched.log, 5, "the line on the report")
+    (tmp_path / "place").unlink()
+    watched.tell("go")
+    assert watched.ends() == 0
+    assert json.loads((tmp_path / "place" / "attempt_0" / "rank0.json").read_text())["saved"] == 2
+    assert ["cannot write" in text for text in watched.log].count(True) == 1
+
+
+def test_the_state_of_a_process_tells_where_in_the_kernel_it_waits(start: Callable[..., Started]) -> None:
+    sleeping = start(["sleep", "1000"])
+    wait_until(lambda: state_of(sleeping.pid) == "S", 5, "a sleeping process")
+    assert ft_monitor.process_state(sleeping.pid) == {
+        "state": "S",
+        "wchan": Path(f"/proc/{sleeping.pid}/wchan").read_text(),
+    }
+
+
+def raised(error: BaseException) -> BaseException:
+    try:
+        raise error
+    except BaseException as caught:
+        return caught
+
+
+def in_worker(last_line: str) -> str:
+    """As torch's ExceptionWrapper.reraise() has it."""
+    frames = '  File "/usr/lib/site-packages/torch/utils/data/_utils/worker.py", line 1, in _worker_loop\n' * 9
+    head = "Caught OSError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):"
+    return f"{head}\n{frames}{last_line}\n"
+
+
+def test_an_error_is_described_by_its_first_and_last_line_and_where_it_came_from() -> None:
+    place = r" \(test_monitor\.py:\d+ in raised\)"
+    described = {
+        "one line": ("ValueError: one line", ValueError("one line")),
+        "two lines": ("ValueError: two lines", ValueError("two\n  lines\n")),
+        "long": (f"ValueError: {'x' * 288}\\.\\.\\.", ValueError("x" * 1000)),
+        "no text": ("KeyboardInterrupt", KeyboardInterrupt()),
+    }
+    for text, error in described.values():
+        assert re.fullmatch(f"{text}{place}", ft_monitor.describe_error(raised(error)))
+    stale = ft_monitor.describe_error(raised(OSError(in_worker("OSError: [Errno 116] Stale file handle"))))
+    first = "OSError: Caught OSError in DataLoader worker process 0\\."
+    assert re.fullmatch(rf"{first} \.\.\. OSError: \[Errno 116\] Stale file handle{place}", stale)
+    assert len(ft_monitor.describe_error(raised(OSError(in_worker("y" * 1000))))) < 350
+
+
+def test_every_line_of_a_message_begins_with_who_speaks(capfd: pytest.CaptureFixture[str]) -> None:
+    ft_monitor.configure_logging("test_prefix", "INFO", "ft_monitor attempt 1 rank 3")
+    logging.getLogger("test_prefix").warning("%s", "one\n  two\n\nfour")
+    prefix = "[ft_monitor attempt 1 rank 3] "
+    assert capfd.readouterr().err == f"{prefix}one\n{prefix}  two\n{prefix}\n{prefix}four\n"
 
 
 def test_under_a_launcher_that_gives_slurm_procid_only_the_rank_has_this_number(watch: Watch) -> None:
@@ -1615,7 +1692,7 @@ def test_a_command_that_cannot_be_started_is_one_line_and_the_status_of_a_shell(
     (tmp_path / "no_permission").touch()
     (tmp_path / "no_program").write_text("text")
     (tmp_path / "no_program").chmod(0o755)
-    expected = f"[ft_monitor attempt 0] cannot start {command!r}: {reason}"
+    expected = f"[ft_monitor attempt 0 rank 0] cannot start {command!r}: {reason}"
     assert run_monitor(start, "--", command) == (status, [expected])
 
 

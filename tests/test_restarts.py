@@ -379,9 +379,13 @@ def test_ranks_that_end_well_without_the_finished_flag_are_warned_of(job: Launch
     body = "client.init_workload_monitoring()\nif sys.argv[1:]: (HERE / 'finished').touch()"
     unfinished = job([], body)
     assert unfinished.wait() == 0
-    assert our_lines(unfinished.output)[1:] == [
-        "[ft_launcher] the workers ended well, but training is not complete: there is no " + str(tmp_path / "finished")
-    ]
+    warning = f"[ft_launcher] the workers ended well, but training is not complete: there is no {tmp_path / 'finished'}"
+    assert our_lines(unfinished.output)[1:] == [warning]
+    unconnected = job([], "")
+    assert unconnected.wait() == 0
+    callback = "is FaultToleranceCallback(autoresume=True) among the Trainer's callbacks?"
+    hint = f"no rank has connected to its monitor: {callback}"
+    assert our_lines(unconnected.output)[1:] == [f"{warning}; {hint}"]
     (tmp_path / "finished").touch()
     finished = job([], body)
     assert finished.wait() == 0 and len(our_lines(finished.output)) == 1
