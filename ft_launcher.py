@@ -65,9 +65,23 @@ import sys
 import tempfile
 import textwrap
 import time
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
+
+import ft_monitor
+from ft_monitor import ConfigError, FaultToleranceConfig
+
+
+def ignore_user_signals() -> None:
+    """Schedulers send them to every process, and by default they end it."""
+    for number in ft_monitor.PASSED_ON_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+if __name__ == "__main__":
+    ignore_user_signals()  # torch takes seconds to import
 
 import torch.distributed.launcher.api
 import torch.distributed.run
@@ -77,16 +91,26 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.events import get_logging_handler
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure, record
-from torch.distributed.elastic.rendezvous import RendezvousError, rendezvous_handler_registry
+from torch.distributed.elastic.rendezvous import (
+    RendezvousClosedError,
+    RendezvousError,
+    dynamic_rendezvous,
+    rendezvous_handler_registry,
+)
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
-
-import ft_monitor
-from ft_monitor import ConfigError, FaultToleranceConfig
 
 EXIT_FAILED = 1
 EXIT_GAVE_UP = 93
 HEALTH_CHECK_SECONDS = 60.0  # how long a health check of the node may take
 FLAG_VARIABLE = "FAULT_TOL_FINISHED_FLAG_FILE"
+RENDEZVOUS_TRIES = 3  # for a node that is lost as the nodes meet
+LISTEN_SECONDS = 1.0  # between looks for what other nodes tell
+HEAR_SECONDS = 5.0  # how long the node that ends a job waits for the others to hear of it
+# Keys in the store of a round, by which nodes tell each other that ...
+OVER, HEARD = "ft_over", "ft_heard"  # the job is over, and why; this node, whose rank follows, has heard that
+FAILED = "ft_failed"  # ranks have failed, and not just nodes joined
+LEFT = "ft_left"  # a node has left the job, and why
+ELSEWHERE = "another node's workers failed, or nodes joined"
 STOP_MARGIN_SECONDS = 20.0  # what a monitor may take after its rank's grace: SIGKILL, reaping, report
 MAX_PLACES = 4  # in a verdict, which must fit a screen
 MAX_COLUMNS = 100  # of a report, where no terminal says otherwise
@@ -644,7 +668,7 @@ def asks_to_look(argv: Sequence[str]) -> bool:
 
 
 class RestartPolicy:
-    """Decides from how the attempts of this launcher ended whether one more makes sense. Pure."""
+    """Decides from how the attempts of this launcher ended whether one more makes sense. No I/O."""
 
     def __init__(self, max_no_progress: int) -> None:
         self.max_no_progress = max_no_progress  # attempts in a row; 0 is no limit
@@ -654,28 +678,44 @@ class RestartPolicy:
         self.step: int | None = None  # the highest that any attempt reached
         self.error: str | None = None  # what ended the last attempt, and its line
 
-    def why_not(self, entry: Mapping[str, Any], requests: Sequence[Mapping[str, str]]) -> str | None:
-        """Why not to restart after the attempt of this incident; None to restart."""
-        for request in requests:
-            if request["action"] == "ShutdownWorkload":
-                return f"a rank asked for it: {request['reason']}"
+    def why_not(
+        self, entry: Mapping[str, Any], requests: Sequence[Mapping[str, str]], knows_saves: bool = True
+    ) -> str | None:
+        """Why not to restart after the attempt of this incident; None to restart.
+
+        `knows_saves`: whether this node hears of checkpoints, as only that of global rank 0 does.
+        """
+        shutdown = shutdown_request(requests)
+        if shutdown:
+            return shutdown
         new_checkpoint = is_newer(entry["saved_step"], self.saved)
         new_step = is_newer(entry["last_step"], self.step)
         # Loops that do not report their checkpoints still show that they resumed, by getting further.
         progress = new_checkpoint or (self.saved is None and self.step is not None and new_step)
         error = entry["error"] if not INFRASTRUCTURE_ERROR.search(without_place(entry["error"])) else None
-        same_error = error is not None and error == self.error
+        same_error = error is not None and without_numbers(error) == without_numbers(self.error)
         self.connected |= entry["connected"]
         self.saved = entry["saved_step"] if new_checkpoint else self.saved
         self.step = entry["last_step"] if new_step else self.step
         self.error = error
         # Of ranks that never connect nothing is known; --max-restarts counts their attempts.
         self.no_progress = 0 if progress or not self.connected else self.no_progress + 1
-        if same_error and not new_step:
+        if same_error and not (new_step or new_checkpoint):
             return f"a bug in the code, no new step since the last attempt and the same error: {error}"
-        if 0 < self.max_no_progress <= self.no_progress:
+        if knows_saves and not requests and 0 < self.max_no_progress <= self.no_progress:
             return f"no progress, {self.no_progress} attempts in a row saved no new checkpoint"
         return None
+
+
+def shutdown_request(requests: Sequence[Mapping[str, str]]) -> str | None:
+    reasons = [request["reason"] for request in requests if request["action"] == "ShutdownWorkload"]
+    return f"a rank asked for it: {reasons[0]}" if reasons else None
+
+
+def without_numbers(error: str | None) -> str:
+    """An error with its place, whatever addresses and sizes it tells of this time."""
+    message = without_place(error)
+    return re.sub(r"0x[0-9a-f]+|\d+", "#", message) + (error or "").removeprefix(message)
 
 
 def is_newer(step: int | None, than: int | None) -> bool:
@@ -686,6 +726,10 @@ class NodeLeft(Exception):
     """This node takes no further part; the others may go on without it."""
 
 
+class GaveUp(Exception):
+    """No node is to run this job again; the message says why."""
+
+
 @dataclasses.dataclass
 class Job:
     """What the launcher tells its agent, and what it learns from it."""
@@ -694,7 +738,7 @@ class Job:
     policy: RestartPolicy
     workers_stop_timeout: float  # seconds
     health_check: str | None = None  # a shell command
-    gave_up: str | None = None  # why, set by the agent
+    flag: str | None = None  # the finished flag, unless there was one at the start
 
 
 # ----------------------------------------------------------------------------------------------------- agent
@@ -723,9 +767,17 @@ class FaultToleranceAgent(LocalElasticAgent):
             signal.signal(number, self._pass_on)
         spec.entrypoint = sys.executable
         spec.args = (*monitor, f"--shutdown-timeout={self._shutdown_timeout}", "--", *command)
+        self._listened = 0.0  # when this node last looked for what others tell, monotonic
+        self._is_left = False  # whether another node has left this round
+        waiting = spec.rdzv_handler.num_nodes_waiting  # what torch restarts the workers for
+        spec.rdzv_handler.num_nodes_waiting = lambda: waiting() or int(self._is_left)  # type: ignore[method-assign]
 
     def run(self, *args: Any, **kwargs: Any) -> RunResult:
-        result = super().run(*args, **kwargs)
+        try:
+            result = super().run(*args, **kwargs)
+        except RendezvousError:
+            self._end_if_over()  # may be why the rendezvous is closed
+            raise
         if result is None:  # torch's answer to a rendezvous that went on, or was closed, without this node
             raise NodeLeft("the rendezvous does not need this node")
         return result
@@ -735,12 +787,73 @@ class FaultToleranceAgent(LocalElasticAgent):
             problem = check_node(self._job.health_check)
             if problem:
                 self._leave(f"the health check of this node failed: {problem}")
-        super()._rendezvous(worker_group)
+        for left in reversed(range(RENDEZVOUS_TRIES)):
+            try:
+                super()._rendezvous(worker_group)
+                break
+            except torch.distributed.DistStoreError:
+                if not left:
+                    raise
+                log.warning("a node was lost as the nodes met: meeting again")
+        self._is_left = False
 
     def _leave(self, reason: str) -> None:
         """Take this node out of the job. torch closes the rendezvous for all nodes when an agent ends: not now."""
-        self._worker_group.spec.rdzv_handler.shutdown = lambda: True  # type: ignore[method-assign]
+        handler = self._worker_group.spec.rdzv_handler
+        handler.shutdown = lambda: True  # type: ignore[method-assign]
+        self._worker_group.state = WorkerState.FAILED  # and not to be stopped gracefully
+        self._tell(LEFT, reason)
+        leave_rendezvous(handler)
         raise NodeLeft(reason)
+
+    # -- what nodes tell each other, in the store of the round, which is theirs alone
+
+    def _tell(self, key: str, text: str) -> None:
+        store: Any = self._store
+        try:
+            if store is not None:
+                store.set(key, text)
+        except (torch.distributed.DistError, RuntimeError) as error:
+            log.debug("cannot tell the other nodes: %s", error)
+
+    def _told(self, key: str) -> str | None:
+        store: Any = self._store
+        try:
+            return store.get(key).decode() if store is not None and store.check([key]) else None
+        except (torch.distributed.DistError, RuntimeError):
+            return None  # the node of the store is lost, which torch notices
+
+    def _listen(self) -> None:
+        """While the ranks here run: they may wait for those of a node that has ended the job, or left it."""
+        if time.monotonic() >= self._listened + LISTEN_SECONDS:
+            self._listened = time.monotonic()
+            self._is_left = self._told(LEFT) is not None
+            self._end_if_over()
+
+    def _end_if_over(self) -> None:
+        """End as another node has, if it has. An empty reason is that of restarts which are used up."""
+        reason = self._told(OVER)
+        if reason is None:
+            return
+        self._tell(f"{HEARD}{self._worker_group.group_rank}", "")
+        if self._pcontext is not None:
+            self._pcontext.close()
+        self._worker_group.state = WorkerState.FAILED
+        self._note_incident("another node has ended the job")
+        raise GaveUp(reason) if reason else RendezvousClosedError("another node has used up its restarts")
+
+    def _end_job(self, reason: str) -> None:
+        """End it on all nodes; this one may be that of the store, and waits until the others have heard."""
+        self._worker_group.state = WorkerState.FAILED
+        self._tell(OVER, reason)
+        others = set(range(self._worker_group.group_world_size or 1)) - {self._worker_group.group_rank}
+        deadline = time.monotonic() + HEAR_SECONDS
+        while time.monotonic() < deadline and any(self._told(f"{HEARD}{other}") is None for other in others):
+            time.sleep(0.1)
+        if reason:
+            raise GaveUp(reason)
+
+    # -- attempts
 
     def _pass_on(self, number: int, frame: Any) -> None:
         """SIGUSR1 and SIGUSR2, which schedulers send to every process, end nothing here: the ranks may know them."""
@@ -776,17 +889,30 @@ class FaultToleranceAgent(LocalElasticAgent):
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = super()._monitor_workers(worker_group)
-        if result.state in (WorkerState.FAILED, WorkerState.UNHEALTHY):
+        if result.state == WorkerState.HEALTHY:
+            self._listen()
+        elif result.state == WorkerState.SUCCEEDED:
+            reason = shutdown_request(self._requests())
+            if reason and not self._is_complete():
+                self._end_job(reason)
+        elif self._is_complete():
+            log.warning("ranks failed, but training is complete: %s exists", self._job.flag)
+            return RunResult(state=WorkerState.SUCCEEDED)
+        else:
             self._decide(result.failures)
         return result
+
+    def _is_complete(self) -> bool:
+        return self._job.flag is not None and os.path.exists(self._job.flag)
+
+    def _requests(self) -> list[dict[str, str]]:
+        return [report["request"] for report in read_reports(self._attempt_dir) if report["request"]]
 
     def _stop_workers(self, worker_group: WorkerGroup, *args: Any, **kwargs: Any) -> None:
         """Called before every restart, also when this node's workers are well and another node's failed."""
         if self._pcontext is not None:
             self._pcontext.close()
-        if self._note_incident("another node's workers failed, or nodes joined"):
-            what = "another node's workers failed, or nodes joined; restarting"
-            log.warning("attempt %d: %s; evidence: %s", self._attempt, what, self._attempt_dir)
+        self._decide(None)
         super()._shutdown()
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30, **kwargs: Any) -> None:
@@ -853,26 +979,32 @@ class FaultToleranceAgent(LocalElasticAgent):
             log.warning("cannot write %s: %s", self._run_dir / "incidents.jsonl", error.strerror)
         return entry
 
-    def _decide(self, failures: Mapping[int, ProcessFailure]) -> None:
-        """After a failure: the roll call, and whether to restart."""
-        entry = self._note_incident(failures=failures)
+    def _decide(self, failures: Mapping[int, ProcessFailure] | None) -> None:
+        """After the end of an attempt: the roll call, and whether to restart.
+
+        `failures`: of this node's ranks, as torch sees them; None: another node's have failed, or nodes joined. But a
+        rank here that takes its time to end may have been the first to fail.
+        """
+        requests = self._requests()
+        is_ours = failures is not None or bool(requests) or any(map(raised, read_reports(self._attempt_dir)))
+        entry = self._note_incident(None if is_ours else ELSEWHERE, failures)
         if entry is None:
             return
-        requests = [report["request"] for report in read_reports(self._attempt_dir) if report["request"]]
-        leave = next((request for request in requests if request["action"] == "ExcludeThisNode"), None)
-        saved = self._job.policy.saved
-        # Progress is known where global rank 0 is; when that node gives up, it closes the rendezvous for all.
-        reason = self._job.policy.why_not(entry, requests) if self._worker_group.group_rank == 0 or requests else None
+        if is_ours:
+            self._tell(FAILED, "")
+        reason, saved = None, self._job.policy.saved
+        if is_ours or self._told(FAILED) is not None:
+            reason = self._job.policy.why_not(entry, requests, self._worker_group.group_rank == 0)
+        leave = next((request["reason"] for request in requests if request["action"] == "ExcludeThisNode"), None)
         left, most = self._remaining_restarts, self._worker_group.spec.max_restarts
-        what_next = f"restarting, {left} of {most} left" if left else "no restarts left"
-        if leave:
-            what_next = "this node leaves the job"
-        if reason:
-            self._job.gave_up, self._remaining_restarts = reason, 0
-            what_next = f"not restarting: {reason}"
+        what_next = f"restarting, {left} of {most} left" if left or failures is None else "no restarts left"
+        if reason or leave:
+            what_next = f"not restarting: {reason}" if reason else "this node leaves the job"
         self._explain(entry, what_next, saved or 0)
         if leave and not reason:
-            self._leave(f"a rank asked for it: {leave['reason']}")
+            self._leave(f"a rank asked for it: {leave}")
+        if reason or (failures is not None and not left):
+            self._end_job(reason or "")
 
     def _explain(self, entry: Mapping[str, Any], what_next: str, saved: int = 0) -> None:
         """Who, where, and what happens next; `saved`: the step of the checkpoint that was there at its start."""
@@ -889,6 +1021,23 @@ class FaultToleranceAgent(LocalElasticAgent):
         log.error("%s", "\n".join(filter(None, lines)))
 
 
+def raised(report: Report) -> bool:
+    """Whether a rank failed by an error of its own, and not since another one was gone."""
+    return report["error"] is not None and not COMMUNICATION_ERROR.match(without_place(report["error"]))
+
+
+def leave_rendezvous(handler: Any) -> None:
+    """Let the other nodes of a c10d rendezvous not wait until this one is taken for dead; torch has no call for it."""
+    if not isinstance(handler, dynamic_rendezvous.DynamicRendezvousHandler):
+        return
+    handler._stop_heartbeats()
+    try:
+        deadline = handler._get_deadline(handler._settings.timeout.close)
+        handler._op_executor.run(dynamic_rendezvous._RendezvousExitOp(), deadline)
+    except RendezvousError as error:
+        log.debug("cannot leave the rendezvous: %s", error)
+
+
 def signals_to_handle() -> set[int]:
     """The signals that torch's agent takes as a reason to end."""
     names = os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", "").split(",")
@@ -896,16 +1045,21 @@ def signals_to_handle() -> set[int]:
 
 
 def check_node(command: str) -> str | None:
-    """Run a health check of this node; return what is wrong, in one line, or None."""
+    """Run a health check of this node; return what is wrong, in one line, or None.
+
+    It runs under a monitor, as ranks do: whatever ends this launcher, or the check, ends all that it has started.
+    """
+    monitor = [sys.executable, "-I", "-S", ft_monitor.__file__, f"--parent-pid={os.getpid()}", "--shutdown-timeout=0"]
+    environment = {name: value for name, value in os.environ.items() if name != "FT_RUN_DIR"}
     check = subprocess.Popen(
-        command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        start_new_session=True,
+        [*monitor, "--", "/bin/sh", "-c", command], env=environment,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     try:
         output, _ = check.communicate(timeout=HEALTH_CHECK_SECONDS)
     except subprocess.TimeoutExpired:
-        ft_monitor.kill_session(check.pid)  # the shell, and what it has started
-        check.wait()
+        check.terminate()
+        check.communicate()
         return f"{command!r} did not end within {HEALTH_CHECK_SECONDS:g} s"
     text = " ".join(output.decode(errors="replace").split())[:300]
     return f"{command!r} ended with {check.returncode}: {text or 'no output'}" if check.returncode else None
@@ -1034,8 +1188,9 @@ def make_run_dir(base: Path) -> Path:
 
 def heard_signals(names: str) -> str:
     """Of the signals that torch is to handle, those that are not ignored: nohup means to outlive a hang-up."""
-    numbers = {name: getattr(signal, name.strip(), None) for name in names.split(",")}
-    return ",".join(n for n, number in numbers.items() if number is None or signal.getsignal(number) != signal.SIG_IGN)
+    numbers = {name: getattr(signal, name.strip()) for name in names.split(",") if name.strip()}
+    ignored = {number for number in ft_monitor.STOP_SIGNALS if signal.getsignal(number) == signal.SIG_IGN}
+    return ",".join(name for name, number in numbers.items() if number not in ignored)
 
 
 def prepare_environment(config: FaultToleranceConfig, run_dir: Path) -> None:
@@ -1049,6 +1204,18 @@ def prepare_environment(config: FaultToleranceConfig, run_dir: Path) -> None:
     if here not in sys.path[1:]:  # not installed: only this script, whose directory is first, finds it
         paths = [os.environ.get("PYTHONPATH"), here]
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+
+
+def make_restarts_possible(args: argparse.Namespace) -> None:
+    """torch's static rendezvous keeps the store, in which new ranks read the addresses of their dead predecessors."""
+    _, nodes = torch.distributed.run.parse_min_max_nnodes(args.nnodes)
+    if args.rdzv_backend == "static" and nodes == 1:
+        args.rdzv_backend, args.rdzv_endpoint = "c10d", f"localhost:{args.master_port or 0}"
+        args.rdzv_id, args.master_port = str(uuid.uuid4()), None
+    elif args.rdzv_backend == "static" and args.max_restarts:
+        log.warning("restarts rarely come back with the static rendezvous: give --rdzv-backend=c10d --rdzv-endpoint")
+    if os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] != "1":
+        log.warning("restarts rarely come back with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=0: unset it")
 
 
 @record
@@ -1081,7 +1248,12 @@ def run(args: argparse.Namespace, job: Job) -> int:
         launch(args, job)
     except ChildFailedError as error:
         log.debug("%s", error)  # the agent has explained it
-        return give_up(job.gave_up) if job.gave_up else EXIT_FAILED
+        return EXIT_FAILED
+    except GaveUp as error:
+        return give_up(str(error))
+    except KeyboardInterrupt:  # before torch's agent has its handlers
+        log.warning("ended by SIGINT")
+        return 128 + signal.SIGINT
     except SignalException as error:
         log.warning("ended by %s", error.sigval.name)
         return 128 + error.sigval
@@ -1107,13 +1279,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if asks_to_look(argv):
         return show(argv)
     args, config = parse_arguments(argv)
+    ignore_user_signals()
     ft_monitor.configure_logging("ft_launcher", config.log_level, "ft_launcher")
     prepare_environment(config, args.ft_run_dir)
     args.signals_to_handle = heard_signals(args.signals_to_handle)
     off = "; hang detection is off, unless the callback calculates timeouts: set --ft-rank-heartbeat-timeout"
     log.info("settings: %s; evidence: %s%s", config.describe(), args.ft_run_dir, "" if config.watches_steps else off)
+    make_restarts_possible(args)
+    flag = os.environ.get(FLAG_VARIABLE)
+    flag = None if flag is None or os.path.exists(flag) else flag
     policy = RestartPolicy(args.ft_max_no_progress_cycles)
-    return run(args, Job(args.ft_run_dir, policy, config.workers_stop_timeout, args.ft_node_health_check))
+    return run(args, Job(args.ft_run_dir, policy, config.workers_stop_timeout, args.ft_node_health_check, flag))
 
 
 if __name__ == "__main__":
