@@ -110,7 +110,7 @@ HEAR_SECONDS = 5.0  # how long the node that ends a job waits for the others to 
 OVER, HEARD = "ft_over", "ft_heard"  # the job is over, and why; this node, whose rank follows, has heard that
 FAILED = "ft_failed"  # ranks have failed, and not just nodes joined
 LEFT = "ft_left"  # a node has left the job, and why
-ELSEWHERE = "another node's workers failed, or nodes joined"
+OF_OTHERS = "another node's workers failed, or nodes joined"
 STOP_MARGIN_SECONDS = 20.0  # what a monitor may take after its rank's grace: SIGKILL, reaping, report
 MAX_PLACES = 4  # in a verdict, which must fit a screen
 MAX_COLUMNS = 100  # of a report, where no terminal says otherwise
@@ -897,7 +897,7 @@ class FaultToleranceAgent(LocalElasticAgent):
                 self._end_job(reason)
         elif self._is_complete():
             log.warning("ranks failed, but training is complete: %s exists", self._job.flag)
-            return RunResult(state=WorkerState.SUCCEEDED)
+            return RunResult(WorkerState.SUCCEEDED, dict.fromkeys(w.global_rank for w in worker_group.workers))
         else:
             self._decide(result.failures)
         return result
@@ -987,7 +987,7 @@ class FaultToleranceAgent(LocalElasticAgent):
         """
         requests = self._requests()
         is_ours = failures is not None or bool(requests) or any(map(raised, read_reports(self._attempt_dir)))
-        entry = self._note_incident(None if is_ours else ELSEWHERE, failures)
+        entry = self._note_incident(None if is_ours else OF_OTHERS, failures)
         if entry is None:
             return
         if is_ours:

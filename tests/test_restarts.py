@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 import test_launcher
+import torch.distributed
 from conftest import Started, processes_with, wait_until
 from test_launcher import Launch, endings, gone_within, our_lines, read_reports, wait_for_ranks
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
 import ft_launcher
 from benchmarks import stress_restarts
@@ -96,6 +98,24 @@ def test_the_same_error_at_the_same_line_with_no_new_step_is_a_bug() -> None:
     assert decisions(9, same, further, further) == [None, None, BUG]
     assert decisions(0, ended(error=error), ended(error=error)) == [None, BUG], "also where there is no limit"
     assert decisions(0, ended(error=error, connected=False), ended(error=error, connected=False)) == [None, BUG]
+
+
+def test_an_error_that_tells_of_other_numbers_is_the_same_and_one_from_another_line_is_not() -> None:
+    first, second = (f"ValueError: batch at 0x7f{n}a has {n} items (train.py:{n} in step)" for n in (1, 2))
+    assert decisions(0, ended(7, error=first), ended(7, error=first.replace("1 items", "3 items"))) == [None, BUG]
+    assert decisions(0, ended(7, error=first), ended(7, error=second)) == [None, None]
+
+
+def test_where_saves_are_not_known_there_is_no_limit_but_a_bug_is_one() -> None:
+    policy = RestartPolicy(1)
+    error = "ValueError: x (a.py:1 in f)"
+    assert policy.why_not(ended(7, error=error), [], knows_saves=False) is None
+    assert "a bug in the code" in str(policy.why_not(ended(7, error=error), [], knows_saves=False))
+
+
+def test_a_node_that_is_left_out_does_not_give_up_for_all() -> None:
+    policy = RestartPolicy(1)
+    assert policy.why_not(ended(7), [{"action": "ExcludeThisNode", "reason": "GPU 3"}]) is None
 
 
 @pytest.mark.parametrize(
@@ -276,7 +296,7 @@ say(f"rank {RANK} got {got[signal.SIGUSR1]} and {got[signal.SIGUSR2]}")
     assert stormy.wait() == 0, stormy.output
     counts = re.findall(r"rank (\d) got (\d+) and (\d+)", stormy.output)
     assert sorted(rank for rank, _, _ in counts) == ["0", "1"]
-    # More than the rank was sent itself: the launcher and the monitors have passed theirs on.
+    # More than the rank was sent itself: the monitors have passed theirs on.
     assert all(int(count) > 20 for _, *both in counts for count in both), counts
     assert our_lines(stormy.output)[1:] == []
 
@@ -301,6 +321,96 @@ sys.exit(7)
     assert len(endings(stormy.output)) == 3, stormy.output
     for line in endings(stormy.output):
         assert re.search(r"rank 0 \(pid \d+\) ended (with exit code 7|by SIGUSR1)", line), line
+
+
+def test_user_signals_to_the_launcher_alone_reach_the_ranks(job: Launch, tmp_path: Path) -> None:
+    body = """
+got = []
+signal.signal(signal.SIGUSR1, lambda number, frame: got.append(number))
+client.init_workload_monitoring()
+ready()
+while not got:
+    time.sleep(0.01)
+(HERE / "finished").touch()
+"""
+    patient = job(["--nproc-per-node=2"], body)
+    wait_for_ranks(tmp_path, 2)
+    os.kill(patient.pid, signal.SIGUSR1)
+    assert patient.wait(30) == 0, patient.output
+
+
+def ignores(pid: int, number: int) -> bool:
+    ignored = re.search(r"^SigIgn:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return ignored is not None and bool(int(ignored[1], 16) >> number - 1 & 1)
+
+
+def test_user_signals_end_no_launcher_that_still_imports_torch(job: Launch, tmp_path: Path) -> None:
+    early = job([], '(HERE / "finished").touch()')
+    wait_until(lambda: ignores(early.pid, signal.SIGUSR1), 10, "the launcher's first lines")
+    assert "torch" not in Path(f"/proc/{early.pid}/maps").read_text()
+    while "settings:" not in early.output and early.process.poll() is None:
+        os.kill(early.pid, signal.SIGUSR1)
+        time.sleep(0.05)
+    assert early.wait() == 0, early.output
+
+
+def test_ranks_that_fail_after_training_is_complete_do_not_restart(job: Launch, tmp_path: Path) -> None:
+    complete = job(["--max-restarts=3"], '(HERE / "finished").touch(); sys.exit(5)')
+    assert complete.wait() == 0, complete.output
+    assert "ranks failed, but training is complete" in complete.output
+    again = job(["--max-restarts=0"], "sys.exit(5)")  # an old flag says nothing of this run
+    assert again.wait() == 1, again.output
+
+
+def test_a_request_to_shut_down_is_heard_from_ranks_that_end_well_too(job: Launch, tmp_path: Path) -> None:
+    body = """
+from ft_monitor import WorkloadAction, WorkloadControlRequest
+client.init_workload_monitoring()
+client.send_workload_control_request(WorkloadControlRequest(WorkloadAction.ShutdownWorkload, "the loss is NaN"))
+client.shutdown_workload_monitoring()
+"""
+    ended = job(["--max-restarts=3"], body)
+    assert ended.wait() == 93, ended.output
+    assert reason_given(tmp_path) == "a rank asked for it: the loss is NaN"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_launcher_that_is_ended_during_a_health_check_leaves_nothing_of_it(
+    job: Launch, tmp_path: Path, number: int
+) -> None:
+    check = f"echo $$ >{tmp_path}/checks; sleep 1000 & sleep 1000"
+    ended = job([f"--ft-node-health-check={check}"], "")
+    wait_until((tmp_path / "checks").exists, 30, "the check")
+    os.kill(ended.pid, number)
+    assert ended.wait(20) in (128 + number, -number), ended.output
+    assert "Traceback" not in ended.output
+    gone_within(3, tmp_path)
+
+
+def test_a_health_check_that_leaves_something_running_is_not_waited_for(job: Launch) -> None:
+    assert ft_launcher.check_node("sleep 1000 & exit 0") is None
+
+
+def test_a_single_node_with_a_port_of_its_own_resumes_too(job: Launch, tmp_path: Path) -> None:
+    """torch's static rendezvous would give the new ranks the store of the old ones."""
+    body = """
+import torch, torch.distributed as dist
+client.init_workload_monitoring()
+dist.init_process_group("gloo")
+for step in range(5):
+    dist.all_reduce(torch.ones(1))
+client.report_saved(ATTEMPT)
+if ATTEMPT < 2:
+    if RANK == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.all_reduce(torch.ones(1))
+    sys.exit(1)
+dist.destroy_process_group()
+(HERE / "finished").touch()
+"""
+    options = ["--nproc-per-node=2", "--max-restarts=2", "--master-addr=localhost", f"--master-port={free_port()}"]
+    resumed = job(options, body)
+    assert resumed.wait(90) == 0, resumed.output
 
 
 def test_a_launcher_that_waits_for_other_nodes_outlives_user_signals(job: Launch, tmp_path: Path) -> None:
@@ -497,14 +607,14 @@ def answers(port: int) -> bool:
 def two_nodes(job: Launch, tmp_path: Path) -> Callable[..., tuple[Started, Started]]:
     """Two launchers on this host; node a, which hosts the store, starts first."""
 
-    def run(do: str = "pass") -> tuple[Started, Started]:
+    def run(do: str = "pass", body: str = TOGETHER, nodes: str = "1:2", restarts: int = 9) -> tuple[Started, Started]:
         port = free_port()
         options = [
-            "--nnodes=1:2", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=test",
+            f"--nnodes={nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=test",
             "--rdzv-conf=last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3,read_timeout=10",
-            "--max-restarts=9", "--ft-rank-heartbeat-timeout=2", "--monitor-interval=0.1",
+            f"--max-restarts={restarts}", "--ft-rank-heartbeat-timeout=2", "--monitor-interval=0.1",
         ]  # fmt: skip
-        body = TOGETHER.replace("DO", do)
+        body = body.replace("DO", do)
         first = job(options, body, NODE="a")
         wait_until(lambda: answers(port), 30, "the store")
         second = job(options, body, NODE="b")
@@ -565,3 +675,110 @@ def test_a_node_that_a_rank_excludes_ends_with_0_and_the_other_goes_on(
     assert "this node leaves the job: a rank asked for it: GPU 3 fell off the bus" in excluded.output
     assert other.wait(60) == 0, other.output
     assert "node a goes on alone" in other.output
+
+
+# Rank 0, on node a, waits in a heartbeat loop for a peer that fails on node b, and so never notices it.
+UNAWARE = """
+from ft_monitor import WorkloadAction, WorkloadControlRequest
+NODE = os.environ["NODE"]
+client.init_workload_monitoring()
+client.send_heartbeat(3)
+ready()
+if NODE == "a":
+    if (HERE / "over").exists():
+        sys.exit(0)
+    beat_for_ever()
+while not (HERE / "ready0").exists():
+    time.sleep(0.01)
+(HERE / "ready0").unlink()
+DO
+"""
+SHUT_DOWN = "client.send_workload_control_request(WorkloadControlRequest(WorkloadAction.ShutdownWorkload, 'NaN loss'))"
+Nodes = Callable[..., tuple[Started, Started]]
+
+
+def test_the_shutdown_that_a_rank_asks_for_ends_every_node_with_93(two_nodes: Nodes, tmp_path: Path) -> None:
+    launchers = two_nodes(f"{SHUT_DOWN}; raise ValueError('NaN')", UNAWARE, "2")
+    for launcher in launchers:
+        assert launcher.wait(30) == 93, launcher.output
+        assert "gave up: a rank asked for it: NaN loss" in launcher.output
+    assert len(endings(launchers[1].output)) == 1
+
+
+def test_restarts_that_are_used_up_on_one_node_end_the_others(two_nodes: Nodes, tmp_path: Path) -> None:
+    first, second = two_nodes("raise ValueError('NaN')", UNAWARE, "2", restarts=0)
+    assert second.wait(30) == 1, second.output
+    assert first.wait(30) == 1, first.output
+    assert "another node has used up its restarts" in first.output
+
+
+def test_a_bug_on_any_node_ends_the_job_after_two_attempts(two_nodes: Nodes, tmp_path: Path) -> None:
+    launchers = two_nodes("raise ValueError(f'batch at {hex(id(client))} has {ATTEMPT} items')", UNAWARE, "2")
+    for launcher in launchers:
+        assert launcher.wait(60) == 93, launcher.output
+        assert "gave up: a bug in the code" in launcher.output
+    assert [name for name in read_reports(tmp_path / "runs") if "rank1" in name] == [
+        "attempt_0/rank1",
+        "attempt_1/rank1",
+    ]
+    assert "a bug in the code" in reason_given(tmp_path)
+
+
+def test_a_rank_that_takes_its_time_to_end_is_heard_although_its_peer_fails_first(
+    two_nodes: Nodes, tmp_path: Path
+) -> None:
+    do = f"""
+{SHUT_DOWN}
+client.shutdown_workload_monitoring("ValueError: NaN (train.py:3 in step)")
+(HERE / "peer_fails").touch()
+time.sleep(60)
+"""
+    body = UNAWARE.replace(
+        "    beat_for_ever()",
+        """    while not (HERE / "peer_fails").exists():
+        client.send_heartbeat(3)
+    raise RuntimeError("[gloo] Connection closed by peer")""",
+    )
+    _, second = two_nodes(do, body, "2")
+    assert second.wait(60) == 93, second.output
+    assert "failed: ValueError: NaN (train.py:3 in step)" in endings(second.output)[0]
+    assert len(endings(second.output)) == 1
+    assert "a rank asked for it: NaN loss" in reason_given(tmp_path)
+
+
+def test_a_node_that_is_left_by_another_restarts_although_its_ranks_notice_nothing(
+    two_nodes: Nodes, tmp_path: Path
+) -> None:
+    do = """
+(HERE / "over").touch()
+client.send_workload_control_request(WorkloadControlRequest(WorkloadAction.ExcludeThisNode, 'GPU 3 is lost'))
+sys.exit(7)
+"""
+    first, second = two_nodes(do, UNAWARE)
+    assert second.wait(30) == 0, second.output
+    assert "passing SIGTERM on" not in second.output
+    (tmp_path / "finished").touch()
+    assert first.wait(30) == 0, first.output
+    assert "another node's workers failed, or nodes joined" in first.output
+
+
+def test_a_node_that_is_lost_as_the_nodes_meet_is_met_again(
+    job: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    def meet(self: Any, worker_group: Any) -> None:
+        calls.append(1)
+        if len(calls) < failures:
+            raise torch.distributed.DistStoreError("wait timeout")
+
+    monkeypatch.setattr(LocalElasticAgent, "_rendezvous", meet)
+    agent = ft_launcher.FaultToleranceAgent.__new__(ft_launcher.FaultToleranceAgent)
+    agent._job = ft_launcher.Job(tmp_path, RestartPolicy(3), 30.0)
+    failures = ft_launcher.RENDEZVOUS_TRIES
+    agent._rendezvous(None)  # type: ignore[arg-type]
+    assert len(calls) == failures
+    calls.clear()
+    failures += 1
+    with pytest.raises(torch.distributed.DistStoreError):
+        agent._rendezvous(None)  # type: ignore[arg-type]
