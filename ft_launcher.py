@@ -133,7 +133,7 @@ class Place(NamedTuple):
         return f"{os.path.basename(self.file)}:{self.line} in {self.function}{leaf}"
 
 
-def read_reports(directory: Path) -> list[Report]:
+def read_reports(directory: Path, level: int = logging.WARNING) -> list[Report]:
     """The monitors' reports of one attempt, in the order of ranks; what cannot be read costs a line, and is missing."""
     reports = []
     for path in directory.glob("rank*.json"):
@@ -141,7 +141,7 @@ def read_reports(directory: Path) -> list[Report]:
             report = json.loads(path.read_text(encoding="utf-8"))
             reports.append(with_gaps(report, rank=int(report["rank"])))
         except (OSError, ValueError, TypeError, KeyError) as error:
-            log.warning("cannot read the report %s: %s", path, error)
+            log.log(level, "cannot read the report %s: %s", path, error)
     return sorted(reports, key=lambda report: report["rank"])
 
 
@@ -341,6 +341,12 @@ def describe_places(suspect: int | None, places: Mapping[int, Place], silent: Ma
     return "; ".join(parts)
 
 
+def silent_ranks(reports: Sequence[Report], places: Mapping[int, Place]) -> dict[int, str]:
+    """The ranks that were asked for their stacks and gave none, with the states of their processes."""
+    silent = [report for report in reports if report["stacks"] is False and report["rank"] not in places]
+    return {report["rank"]: (report["state"] or {}).get("state", "unknown") for report in silent}
+
+
 def gather(what: Mapping[int, Any]) -> list[tuple[Any, list[int]]]:
     """What ranks have in common, and which ranks; the largest group first."""
     groups = collections.defaultdict(list)
@@ -393,11 +399,6 @@ def incident(
     last = min((r["heartbeat"] for r in reports if r["heartbeat"]), default=None)
     end = max((r["ended"] for r in reports if r["ended"]), default=now or time.time())
     suspect_rank = None if suspect is None else suspect["rank"]
-    silent = {
-        r["rank"]: (r["state"] or {}).get("state", "unknown")
-        for r in reports
-        if r["stacks"] is False and r["rank"] not in places
-    }
     return {
         "attempt": attempt,
         "host": socket.gethostname(),
@@ -412,11 +413,12 @@ def incident(
         "saved_step": max((r["saved"] for r in reports if r["saved"] is not None), default=None),
         "statuses": {str(r["rank"]): r["status"] for r in reports},
         "connected": any(r["connected"] for r in reports),
+        "requests": [r["request"] for r in reports if r["request"]],
         "suspect": suspect_rank,
         "error": None if suspect is None else suspect["error"],
         "certain": certain,
         "verdict": verdict,
-        "ranks_at": "" if well else describe_places(suspect_rank, places, silent),
+        "ranks_at": "" if well else describe_places(suspect_rank, places, silent_ranks(reports, places)),
     }
 
 
@@ -810,7 +812,7 @@ class FaultToleranceAgent(LocalElasticAgent):
 
     def _sweep(self) -> None:
         """End what ranks have left behind whose monitor was killed before it could do so."""
-        for report in read_reports(self._attempt_dir) if self._attempt >= 0 else []:
+        for report in read_reports(self._attempt_dir, logging.DEBUG) if self._attempt >= 0 else []:
             if report["ended"] is None and self._is_ours(report["pid"]):
                 ft_monitor.kill_session(report["pid"])
 
@@ -853,7 +855,7 @@ class FaultToleranceAgent(LocalElasticAgent):
         entry = self._note_incident(failures=failures)
         if entry is None:
             return
-        requests = [report["request"] for report in read_reports(self._attempt_dir) if report["request"]]
+        requests = entry["requests"]
         leave = next((request for request in requests if request["action"] == "ExcludeThisNode"), None)
         saved = self._job.policy.saved
         # Progress is known where global rank 0 is; when that node gives up, it closes the rendezvous for all.
