@@ -342,8 +342,12 @@ def describe_places(suspect: int | None, places: Mapping[int, Place], silent: Ma
 
 
 def silent_ranks(reports: Sequence[Report], places: Mapping[int, Place]) -> dict[int, str]:
-    """The ranks that were asked for their stacks and gave none, with the states of their processes."""
-    silent = [report for report in reports if report["stacks"] is False and report["rank"] not in places]
+    """The ranks that were asked for their stacks and gave none, with the states of their processes.
+
+    Not those that have raised: a process that ends answers no more.
+    """
+    asked = [report for report in reports if report["stacks"] is False and report["error"] is None]
+    silent = [report for report in asked if report["rank"] not in places]
     return {report["rank"]: (report["state"] or {}).get("state", "unknown") for report in silent}
 
 
