@@ -159,7 +159,7 @@ class Place(NamedTuple):
         return f"{os.path.basename(self.file)}:{self.line} in {self.function}{leaf}"
 
 
-def read_reports(directory: Path) -> list[Report]:
+def read_reports(directory: Path, level: int = logging.WARNING) -> list[Report]:
     """The monitors' reports of one attempt, in the order of ranks; what cannot be read costs a line, and is missing."""
     reports = []
     for path in directory.glob("rank*.json"):
@@ -167,7 +167,7 @@ def read_reports(directory: Path) -> list[Report]:
             report = json.loads(path.read_text(encoding="utf-8"))
             reports.append(with_gaps(report, rank=int(report["rank"])))
         except (OSError, ValueError, TypeError, KeyError) as error:
-            log.warning("cannot read the report %s: %s", path, error)
+            log.log(level, "cannot read the report %s: %s", path, error)
     return sorted(reports, key=lambda report: report["rank"])
 
 
@@ -368,6 +368,16 @@ def describe_places(suspect: int | None, places: Mapping[int, Place], silent: Ma
     return "; ".join(parts)
 
 
+def silent_ranks(reports: Sequence[Report], places: Mapping[int, Place]) -> dict[int, str]:
+    """The ranks that were asked for their stacks and gave none, with the states of their processes.
+
+    Not those that have raised: a process that ends answers no more.
+    """
+    asked = [report for report in reports if report["stacks"] is False and report["error"] is None]
+    silent = [report for report in asked if report["rank"] not in places]
+    return {report["rank"]: (report["state"] or {}).get("state", "unknown") for report in silent}
+
+
 def gather(what: Mapping[int, Any]) -> list[tuple[Any, list[int]]]:
     """What ranks have in common, and which ranks; the largest group first."""
     groups = collections.defaultdict(list)
@@ -420,11 +430,6 @@ def incident(
     last = min((r["heartbeat"] for r in reports if r["heartbeat"]), default=None)
     end = max((r["ended"] for r in reports if r["ended"]), default=now or time.time())
     suspect_rank = None if suspect is None else suspect["rank"]
-    silent = {
-        r["rank"]: (r["state"] or {}).get("state", "unknown")
-        for r in reports
-        if r["stacks"] is False and r["rank"] not in places
-    }
     return {
         "attempt": attempt,
         "host": socket.gethostname(),
@@ -439,11 +444,12 @@ def incident(
         "saved_step": max((r["saved"] for r in reports if r["saved"] is not None), default=None),
         "statuses": {str(r["rank"]): r["status"] for r in reports},
         "connected": any(r["connected"] for r in reports),
+        "requests": [r["request"] for r in reports if r["request"]],
         "suspect": suspect_rank,
         "error": None if suspect is None else suspect["error"],
         "certain": certain,
         "verdict": verdict,
-        "ranks_at": "" if well else describe_places(suspect_rank, places, silent),
+        "ranks_at": "" if well else describe_places(suspect_rank, places, silent_ranks(reports, places)),
     }
 
 
@@ -941,7 +947,7 @@ class FaultToleranceAgent(LocalElasticAgent):
 
     def _sweep(self) -> None:
         """End what ranks have left behind whose monitor was killed before it could do so."""
-        for report in read_reports(self._attempt_dir) if self._attempt >= 0 else []:
+        for report in read_reports(self._attempt_dir, logging.DEBUG) if self._attempt >= 0 else []:
             if report["ended"] is None and self._is_ours(report["pid"]):
                 ft_monitor.kill_session(report["pid"])
 
@@ -965,6 +971,8 @@ class FaultToleranceAgent(LocalElasticAgent):
         reports = read_reports(self._attempt_dir)
         missing = set(failures or {}) - {report["rank"] for report in reports}
         reports += [report_of_failure(rank, failure) for rank, failure in (failures or {}).items() if rank in missing]
+        if stopped == OF_OTHERS and any(report["request"] or raised(report) for report in reports):
+            stopped = None  # a rank here, which takes its time to end, was the first to fail
         places = read_places(self._attempt_dir, reports)
         entry = incident(
             self._attempt, self._started, reports, places, stopped, world=self._world(), previous_end=self._ended
@@ -982,14 +990,12 @@ class FaultToleranceAgent(LocalElasticAgent):
     def _decide(self, failures: Mapping[int, ProcessFailure] | None) -> None:
         """After the end of an attempt: the roll call, and whether to restart.
 
-        `failures`: of this node's ranks, as torch sees them; None: another node's have failed, or nodes joined. But a
-        rank here that takes its time to end may have been the first to fail.
+        `failures`: of this node's ranks, as torch sees them; None: another node's have failed, or nodes joined.
         """
-        requests = self._requests()
-        is_ours = failures is not None or bool(requests) or any(map(raised, read_reports(self._attempt_dir)))
-        entry = self._note_incident(None if is_ours else OF_OTHERS, failures)
+        entry = self._note_incident(OF_OTHERS if failures is None else None, failures)
         if entry is None:
             return
+        is_ours, requests = entry["verdict"] != OF_OTHERS, entry["requests"]
         if is_ours:
             self._tell(FAILED, "")
         reason, saved = None, self._job.policy.saved

@@ -434,8 +434,9 @@ def test_ranks_that_were_asked_for_their_stacks_and_gave_none_are_named_with_the
     state = {"state": {"state": "D"}, "stacks": False}
     entry = ft_launcher.incident(0, 0.0, [hung(0), report(1, **state), report(2, **state)], {0: WAITS}, None)
     assert entry["ranks_at"] == "ranks 1-2 gave no stacks (state D); rank 0 waits at train.py:9 in step -> all_reduce"
-    not_asked = ft_launcher.incident(0, 0.0, [hung(0), report(1, stacks=None)], {0: WAITS}, None)
-    assert "gave no stacks" not in not_asked["ranks_at"]
+    for values in ({"stacks": None}, {"stacks": False, "error": GLOO, "error_time": 130.0}):
+        entry = ft_launcher.incident(0, 0.0, [hung(0), report(1, **values)], {0: WAITS}, None)
+        assert "gave no stacks" not in entry["ranks_at"]
 
 
 def test_a_missing_stacks_file_has_no_place(tmp_path: Path) -> None:
