@@ -513,7 +513,8 @@ class FaultToleranceCallback(pl.Callback):
         if ranks != trainer.world_size:  # each would train alone, and overwrite the others' checkpoints
             raise RuntimeError(
                 f"the launcher started {ranks} ranks, but this Trainer has {trainer.world_size}: give Trainer("
-                'devices=int(os.environ["LOCAL_WORLD_SIZE"]), num_nodes=int(os.environ["GROUP_WORLD_SIZE"]))'
+                'devices=int(os.environ.get("LOCAL_WORLD_SIZE", 1)), '
+                'num_nodes=int(os.environ.get("GROUP_WORLD_SIZE", 1)))'
             )
         flag = os.environ.get(FLAG_VARIABLE)
         if not self.autoresume:

@@ -64,20 +64,20 @@ def load_text() -> tuple[TensorDataset, TensorDataset, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train a small language model on the text of Python's manual.")
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--steps-per-epoch", type=int, default=50, help="batches of one rank in an epoch")
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--steps-per-epoch", type=int, default=10, help="batches of one rank between checkpoints")
     parser.add_argument("--dir", type=Path, default=Path("checkpoints"), help="where checkpoints go")
     parser.add_argument("--fault", choices=("rank_killed", "rank_hung", "random"), help="try it: let a rank fail")
-    parser.add_argument("--fault-delay", type=float, default=3.0, metavar="SECONDS", help="after start of training")
+    parser.add_argument("--fault-delay", type=float, default=3.0, metavar="SECONDS", help="after the callback's setup")
     args = parser.parse_args()
 
     seed_everything(1)
     training, validation, vocabulary = load_text()
-    first_start = os.environ["FT_ATTEMPT"] == "0" and not (args.dir / "last.ckpt").exists()
+    first_start = os.environ.get("FT_ATTEMPT", "0") == "0" and not (args.dir / "last.ckpt").exists()
     fault = {"fault_type": args.fault, "base_delay": args.fault_delay} if args.fault and first_start else None
     trainer = Trainer(
-        devices=int(os.environ["LOCAL_WORLD_SIZE"]),  # 1
-        num_nodes=int(os.environ["GROUP_WORLD_SIZE"]),
+        devices=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),  # 1
+        num_nodes=int(os.environ.get("GROUP_WORLD_SIZE", 1)),
         strategy="ddp",
         max_epochs=args.epochs,
         limit_train_batches=args.steps_per_epoch,
