@@ -30,13 +30,18 @@ Files in FT_RUN_DIR
     progress.json                   the newest checkpoint, by the callback
     logs/                           torchrun's --log-dir, unless it is given
 
+What nodes tell each other, in the store of each round of the rendezvous
+    ft_over, ft_heard<N>  the job is over, and why, or that restarts are used up; node N has heard of it
+    ft_failed             ranks have failed, and not just nodes joined: this counts as an attempt
+    ft_left               a node has left, the others start again without it
+
 When it does not restart, although restarts are left
     --ft-max-no-progress-cycles attempts in a row have saved no new checkpoint
     the same exception came from the same line twice, with no new step in between: a bug in the code
     a rank asked for the shutdown of the workload, or to leave this node out
 
 Exit codes
-    0      the workers ended well, or other nodes go on without this one
+    0      the workers ended well, or failed when training was complete, or other nodes go on without this one
     1      they failed, and the restarts are used up, or the nodes lost each other
     2      wrong usage; nothing was started
     93     do not run this again; the reason is in the file $FAULT_TOL_FINISHED_FLAG_FILE.gave_up
@@ -523,8 +528,8 @@ def render_report(incidents: Sequence[Incident], width: int = MAX_COLUMNS, colou
     share = 100 * spent.counted / spent.total if spent.total else 0.0
     goodput = f"goodput {share:.1f} %: {duration(spent.counted)} of {duration(spent.total)}"
     lost = (
-        f"lost: {duration(spent.setup)} set-up, {duration(spent.lost)} in {spent.repeated} steps done again or not "
-        f"saved, {duration(spent.detection)} detection, {duration(spent.restart)} restart"
+        f"lost: {duration(spent.setup)} set-up, {duration(spent.lost)} in {spent.repeated} steps repeated or unsaved, "
+        f"{duration(spent.detection)} detection, {duration(spent.restart)} restart"
     )
     return "\n".join([*lines, *wrap(f"{goodput} wall time in steps that counted", width, ""), *wrap(lost, width, "")])
 

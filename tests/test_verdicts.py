@@ -696,7 +696,7 @@ def test_the_report_has_a_row_for_each_attempt_and_the_goodput_in_at_most_100_co
     told = " ".join(" ".join(why).split())
     assert told == f"suspect: {long['verdict'].strip()} {long['ranks_at']}" and all(line[:9] == " " * 9 for line in why)
     assert goodput == "goodput 76.3 %: 3 m 00 s of 3 m 56 s wall time in steps that counted"
-    assert lost == ("lost: 21.0 s set-up, 20.0 s in 20 steps done again or not saved, 10.0 s detection, 5.0 s restart")
+    assert lost == ("lost: 21.0 s set-up, 20.0 s in 20 steps repeated or unsaved, 10.0 s detection, 5.0 s restart")
     nothing = "goodput 0.0 %: 0.0 s of 0.0 s wall time in steps that counted"
     assert ft_launcher.render_report([]).splitlines()[1] == nothing
     narrow = ft_launcher.render_report([long], width=60).splitlines()
