@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -464,6 +465,9 @@ class Agent(ft_launcher.FaultToleranceAgent):
     def __init__(self, run_dir: Path, world: int | None = None) -> None:
         self._run_dir, self._attempt, self._noted, self._started, self._ended = run_dir, 0, -1, 10.0, None
         self._attempt_dir.mkdir(parents=True)
+        self._job = ft_launcher.Job(run_dir, ft_launcher.RestartPolicy(3), 30.0)
+        self._store, self._remaining_restarts = None, 2
+        self._worker_group: Any = SimpleNamespace(group_rank=1, spec=SimpleNamespace(max_restarts=3))
         self.world = world
 
     def _world(self) -> int:
@@ -541,8 +545,9 @@ def test_a_node_whose_ranks_are_ended_for_another_nodes_failure_tells_where_the_
     monkeypatch.setattr(LocalElasticAgent, "_shutdown", lambda *_: None)
     monkeypatch.setattr(ft_launcher.log, "propagate", True)
     agent._stop_workers(None)  # type: ignore[arg-type]
-    what = "another node's workers failed, or nodes joined; restarting"
-    assert [line.getMessage() for line in caplog.records] == [f"attempt 0: {what}; evidence: {tmp_path / 'attempt_0'}"]
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert re.match(r"attempt 0 ended after .*: another node's workers failed, or nodes joined\n", line)
+    assert line.endswith(f"  evidence: {tmp_path / 'attempt_0'}; restarting, 2 of 3 left")
 
 
 @pytest.mark.parametrize(("status", "shown"), [(7, True), (0, False)])
