@@ -280,10 +280,8 @@ class FaultToleranceConfig:
             help="file with settings; flags beat it (default: none)", **options,
         )  # fmt: skip
         for field in dataclasses.fields(FaultToleranceConfig):
-            flag, default = (
-                f"--ft-{field.name.replace('_', '-')}",
-                getattr(FaultToleranceConfig(), field.name) or "none",
-            )
+            flag = f"--ft-{field.name.replace('_', '-')}"
+            default = getattr(FaultToleranceConfig(), field.name) or "none"
             default = f"{default:g}" if isinstance(default, float) else default
             text = f"{field.metadata['meaning']} (default: {default})"
             group.add_argument(flag, f"--ft_{field.name}", metavar="VALUE", help=text, **options)
@@ -599,9 +597,7 @@ class RankMonitorClient:
         self.config = FaultToleranceConfig()  # as the launcher gave it, from init_workload_monitoring() on
         self.calculated: dict[str, float] = {}  # calculated timeouts, by setting, in seconds
         self.note: str | None = None  # file in which the monitor notes that a calculated timeout ended this rank
-        self.sync_timeout: float | None = (
-            None  # seconds that ranks wait for each other to calculate; None: their group's
-        )
+        self.sync_timeout: float | None = None  # seconds that ranks wait for each other; None: as their group does
         self._set_aside: frozenset[str] = frozenset()  # calculated timeouts that are not in force
         self._earlier: dict[str, float] = {}  # what earlier runs have calculated
         self._longest: dict[str, float] = {}  # the longest time on each clock since the connection
@@ -1446,9 +1442,8 @@ class RankMonitor:
             path.parent.mkdir(parents=True, exist_ok=True)  # without a launcher, nobody has made it
             write_json(path, values)
         except (OSError, ValueError) as error:  # ValueError: the rank gave a name that no file can have
-            log.log(
-                logging.DEBUG if quiet else logging.WARNING, "%s: cannot write %r: %s", self._who(), str(path), error
-            )
+            level = logging.DEBUG if quiet else logging.WARNING
+            log.log(level, "%s: cannot write %r: %s", self._who(), str(path), error)
             return False
         return True
 
@@ -1464,7 +1459,11 @@ class NeverWaitingHandler(logging.StreamHandler):
     """Drops a line rather than wait for a reader that has stopped: a hung rank is ended, whoever reads our log."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if select.select([], [self.stream], [], 0)[1]:  # a pipe is writable when it takes PIPE_BUF bytes
+        try:
+            is_ready = select.select([], [self.stream], [], 0)[1]  # a pipe is if it takes PIPE_BUF bytes
+        except (OSError, ValueError, TypeError):
+            return  # there is no stderr
+        if is_ready:
             super().emit(record)
 
 
