@@ -167,16 +167,18 @@ get() { # NAME
   esac
 }
 
-# Set what we know of this job: its id, how runs are to follow each other, and whether it continues another.
+# Set what we know of this job: its id, how runs are to follow each other, which job it continues, and whether it
+# continues that, or an earlier life of its own.
 know_job() {
   job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} # SLURM_JOB_ID may be that of the whole array
-  job=${job:-${SLURM_JOB_ID:-}} continues='' continuation=''
+  job=${job:-${SLURM_JOB_ID:-}} earlier='' continues='' continuation=''
   if [[ -z $job ]]; then
     mode=loop
     return
   fi
   ask "$job"
-  [[ -z ${SLURM_RESTART_COUNT:-} && "$(get Command) " != "$flag.job "* ]] || continues=yes
+  [[ "$(get Command) " != "$flag.job "* ]] || earlier=${SLURM_JOB_DEPENDENCY:-unknown}
+  earlier=${earlier#afterany:} continues=$earlier${SLURM_RESTART_COUNT:-}
   if [[ $mode == auto ]]; then
     mode=chain
     [[ $(get BatchFlag) != 0 ]] || mode=loop # it has no script
@@ -283,6 +285,7 @@ cancel_if_cancelled() {
   [[ $mode == chain && -n $stopped_by ]] && (is_cancelled) || return 0
   say "the job was cancelled: cancelling its continuation $continuation"
   cancel_continuation
+  mode=loop
 }
 
 # scancel means that the job is not wanted any more. A time limit and preemption send TERM too, and so does a requeue,
@@ -293,12 +296,8 @@ is_cancelled() {
     $(get Restarts) == "${SLURM_RESTART_COUNT:-0}" ]]
 }
 
-# A job that is cancelled before its start, or with KILL, cannot cancel its continuation: that one has to see it.
+# A job that is cancelled while it waits to start again, or with KILL, cannot cancel its continuation: that one has to see it.
 end_if_earlier_is_cancelled() {
-  [[ -n $continues && -e $flag.runs ]] || return 0
-  local earlier
-  earlier=$(sed -n 's/.*"job": "\([^"]*\)".*"continuation": "'"${SLURM_ARRAY_JOB_ID:-$job}"'".*/\1/p' "$flag.runs" | tail -n 1)
-  [[ -n $earlier ]] || return 0
   ask "$earlier"
   [[ $(get JobState) == CANCELLED ]] || return 0
   say "job $earlier, which this job continues, was cancelled: nothing to run"
@@ -443,7 +442,7 @@ main() {
   if [[ -n $job ]] && grep -qz '/slurm_script$' "/proc/$PPID/cmdline"; then
     say "warning: signals end the job script, and do not arrive here: let it end with: exec ./autoresume.sh ..."
   fi
-  end_if_earlier_is_cancelled
+  [[ -z $earlier ]] || end_if_earlier_is_cancelled
   trap 'stop TERM' TERM
   trap 'stop INT' INT
   trap 'stop HUP' HUP
