@@ -28,6 +28,7 @@
 # Inside of SLURM (let the job script end with: exec ./autoresume.sh ..., so that its signals arrive here)
 #   --slurm chain    queues the same job script to start when this job has ended, for whatever reason, and cancels it
 #                    when training is complete or given up, or the job is cancelled by scancel
+#                    (the next job gets the options that SLURM shows; write --signal as an #SBATCH line)
 #   --slurm requeue  requeues this job when a run has ended with 0 and training is not complete
 #   --slurm loop     does all runs in this job
 #   --slurm auto     chain, where there is sbatch (the default)
@@ -276,7 +277,9 @@ find_arguments() {
 }
 
 cancel_continuation() {
+  local known=$continuation
   [[ $mode != chain ]] || find_continuation
+  continuation=${continuation:-$known}
   [[ -z $continuation ]] || scancel "$continuation"
   continuation=''
 }
