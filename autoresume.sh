@@ -28,6 +28,7 @@
 # Inside of SLURM (let the job script end with: exec ./autoresume.sh ..., so that its signals arrive here)
 #   --slurm chain    queues the same job script to start when this job has ended, for whatever reason, and cancels it
 #                    when training is complete or given up, or the job is cancelled by scancel
+#                    (the next job gets the options that SLURM shows; write --signal as an #SBATCH line)
 #   --slurm requeue  requeues this job when a run has ended with 0 and training is not complete
 #   --slurm loop     does all runs in this job
 #   --slurm auto     chain, where there is sbatch (the default)
@@ -110,8 +111,9 @@ read_member() { # FILE NAME
 # Add a line to FLAG.runs.
 note() { # EVENT RESULT REASON
   read_member "$flag.progress" step
+  local unfit='[\"\\[:cntrl:]]' # for JSON
   printf '{"event": "%s", "run": %d, "job": "%s", "time": "%(%Y-%m-%dT%H:%M:%S%z)T", "step": "%s", "failures": %d, "continuation": "%s", "result": "%s", "reason": "%s"}\n' \
-    "$1" "$run" "$job" -1 "$REPLY" "$failures" "$continuation" "$2" "${3//[\"\\]/}" >>"$flag.runs"
+    "$1" "$run" "$job" -1 "${REPLY//$unfit/}" "$failures" "$continuation" "$2" "${3//$unfit/}" >>"$flag.runs"
 }
 
 # What the last line of FLAG.runs says.
@@ -120,67 +122,189 @@ read_note() { # NAME
   [[ ! -e $flag.runs ]] || read_member <(tail -n 1 -- "$flag.runs") "$1"
 }
 
-# Never two runs of one job. The lock is COMMAND's too: it holds as long as either of us lives.
+# Never two runs of one job. The lock is COMMAND's too: it holds as long as either of us lives. A job of a chain waits for
+# as long as it may: what an earlier one has left running, on a node whose slurmd died, would be the end of the chain.
 take_lock() {
+  local conflict=75 waited=0
   exec 9>>"$flag.lock"
-  flock --nonblock 9 && return
-  say "another run holds $flag.lock: waiting for it to end"
-  flock --timeout 60 9 && return
-  say "error: another run still holds $flag.lock: this one ends"
-  exit 1
+  while true; do
+    flock --nonblock --conflict-exit-code "$conflict" 9 && return
+    (($? == conflict)) || break
+    ((waited)) || say "another run holds $flag.lock: waiting for it to end"
+    if [[ -n $stopped_by$handing_over ]]; then
+      cancel_if_cancelled
+      say "asked to end before the other run has ended${continuation:+: job $continuation goes on from here}"
+      exit 1
+    elif ((waited >= 60)) && [[ -z $continues ]]; then
+      cancel_continuation
+      say "error: another run still holds $flag.lock: this one ends"
+      exit 1
+    fi
+    sleep 1
+    waited=$((waited + 1))
+  done
+  say "cannot lock $flag.lock: nothing keeps a second run of this job from starting"
 }
 
 # -- SLURM
 
-job_info() { # NAME
-  scontrol show job --oneliner "$job" 2>/dev/null | sed -n 's/.* '"$1"'=\([^ ]*\).*/\1/p'
+# What the continuation is told as this job was: NAME:OPTION. Of the environment, SLURM sets these only if sbatch was told.
+OPTIONS='SLURM_NTASKS:ntasks SLURM_NTASKS_PER_NODE:ntasks-per-node SLURM_CPUS_PER_TASK:cpus-per-task
+  SLURM_MEM_PER_NODE:mem SLURM_MEM_PER_CPU:mem-per-cpu SLURM_MEM_PER_GPU:mem-per-gpu
+  SLURM_GPUS:gpus SLURM_GPUS_PER_NODE:gpus-per-node SLURM_GPUS_PER_TASK:gpus-per-task
+  Account:account QOS:qos Partition:partition Reservation:reservation NumNodes:nodes TimeLimit:time TresPerNode:gres
+  Features:constraint Licenses:licenses ReqNodeList:nodelist ExcNodeList:exclude Nice:nice Comment:comment
+  MailUser:mail-user MailType:mail-type WorkDir:chdir StdOut:output StdErr:error'
+
+# Ask SLURM about a job, for get.
+ask() { # JOB
+  info=$(scontrol show job "$1" 2>/dev/null)
 }
 
-choose_mode() {
-  job=${SLURM_JOB_ID:-}
+get() { # NAME
+  case $1 in
+    Command | WorkDir | StdOut | StdErr | Comment) sed -n "s/^ *$1=//p" <<<"$info" ;;
+    *) sed -nE "/^ *Com(mand|ment)=/d; s/^(.* )?$1=([^ ]*).*/\2/p" <<<"$info" ;;
+  esac
+}
+
+# Set what we know of this job: its id, how runs are to follow each other, which job it continues, and whether it
+# continues that, or an earlier life of its own.
+know_job() {
+  job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} # SLURM_JOB_ID may be that of the whole array
+  job=${job:-${SLURM_JOB_ID:-}} earlier='' continues='' continuation=''
   if [[ -z $job ]]; then
     mode=loop
-  elif [[ $mode == auto ]]; then
-    if type -P sbatch >/dev/null; then mode=chain; else mode=loop; fi
+    return
+  fi
+  ask "$job"
+  [[ "$(get Command) " != "$flag.job "* ]] || earlier=${SLURM_JOB_DEPENDENCY:-unknown}
+  earlier=${earlier#afterany:} continues=$earlier${SLURM_RESTART_COUNT:-}
+  if [[ $mode == auto ]]; then
+    mode=chain
+    [[ $(get BatchFlag) != 0 ]] || mode=loop # it has no script
+    type -P sbatch >/dev/null || mode=loop
   fi
 }
 
-# Queue this job's script to start when this job has ended.
-queue_continuation() {
-  local old script=$flag.job words word rest=() options=() cleaned=() name
-  read_note continuation
-  old=$REPLY
-  if [[ -n $old && $old != "$job" ]] && [[ $(squeue --noheader --jobs "$old" --format %T 2>/dev/null) == PENDING ]]; then
-    continuation=$old # this job was requeued: what it had queued in its earlier life still waits for it
-    return
+# Have a job that waits for the end of this one, unless the user has cancelled it.
+keep_continuation() {
+  [[ $mode == chain ]] || return 0
+  local known=$continuation
+  find_continuation || return 0
+  if [[ -n $known && -z $continuation ]]; then
+    say "job $known, which was to go on from here, was cancelled: doing all runs in this job"
+    mode=loop
+  elif [[ -z $continuation ]]; then
+    queue_continuation
+    [[ -n $continuation ]] || say "cannot queue a continuation: doing all runs in this job, unless it can be queued later"
   fi
-  scontrol write batch_script "$job" "$script" >/dev/null || return
-  # Command is the path of the job script and its arguments, with spaces between.
-  read -r -a words <<<"$(scontrol show job --oneliner "$job" | sed -n 's/.* Command=\(.*\) WorkDir=.*/\1/p')"
-  name=''
-  for word in "${words[@]}"; do
-    if [[ -n $name && -f $name ]]; then rest+=("$word"); else name=${name:+$name }$word; fi
-  done
-  options=(--dependency="afterany:${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}")
-  [[ -n ${SLURM_ARRAY_JOB_ID:-} ]] || options=(--dependency="afterany:$job")
-  options+=(--job-name="$SLURM_JOB_NAME" --partition="$(job_info Partition)" --nodes="$(job_info NumNodes)")
-  options+=(--time="$(job_info TimeLimit)" --chdir="$PWD")
-  for name in Account QOS; do
-    word=$(job_info "$name")
-    [[ -z $word || $word == "(null)" ]] || options+=("--$(tr '[:upper:]' '[:lower:]' <<<"$name")=$word")
-  done
-  [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || options+=(--array="$SLURM_ARRAY_TASK_ID")
+  [[ -z $continuation || $continuation == "$known" ]] || say "job $continuation is queued to go on when this job ends"
+}
+
+# It is there when this job was requeued, and when sbatch failed after it had reached SLURM.
+find_continuation() {
+  local jobs id dependency script
+  jobs=$(squeue --noheader --user "$(id -u)" --states PENDING --format '%A %E %o') || return
+  continuation=''
+  while read -r id dependency script; do
+    [[ ! $dependency =~ ^afterany:$job(\(|$) || "$script " != "$flag.job "* ]] || continuation=$id
+  done <<<"$jobs"
+}
+
+queue_continuation() {
+  local options=() arguments=() cleaned=() name
+  scontrol write batch_script "$job" "$flag.job" >/dev/null || return 0
+  ask "$job"
+  find_options
+  find_arguments
   # The environment goes along, but what tells of this job would confuse srun in the next.
   for name in "${!SLURM_@}"; do
     [[ $name == SLURM_CONF ]] || cleaned+=(-u "$name")
   done
-  continuation=$(env "${cleaned[@]}" FT_AUTORESUME_CONTINUES="$job" \
-    sbatch --parsable "${options[@]}" "$script" ${rest[@]+"${rest[@]}"})
+  continuation=$(cd -- "$SLURM_SUBMIT_DIR" && env "${cleaned[@]}" \
+    sbatch --parsable "${options[@]}" "$flag.job" ${arguments[@]+"${arguments[@]}"})
   continuation=${continuation%%;*}
 }
 
+find_options() {
+  local pair name value
+  options=(--dependency="afterany:$job" --job-name="$SLURM_JOB_NAME" --open-mode=append)
+  for pair in $OPTIONS; do
+    name=${pair%:*}
+    if [[ $name == SLURM_* ]]; then value=${!name:-}; else value=$(get "$name"); fi
+    case $name in
+      TresPerNode) value=${value//gres[:\/]/} && [[ -z ${SLURM_GPUS_PER_NODE:-} ]] || continue ;; # shown as these, too
+      StdOut) value=$(as_pattern "$value") ;;
+      StdErr) [[ $value != "$(get StdOut)" ]] || continue && value=$(as_pattern "$value") ;;
+    esac
+    [[ $value =~ ^(|0|\(null\)|N/A|-.*)$ ]] || options+=("--${pair#*:}=$value")
+  done
+  case $(get OverSubscribe) in
+    NO) options+=(--exclusive) ;;
+    USER) options+=(--exclusive=user) ;;
+    YES) options+=(--oversubscribe) ;;
+  esac
+  if [[ $(get Requeue) == 0 ]]; then options+=(--no-requeue); else options+=(--requeue); fi
+  [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || options+=(--array="$SLURM_ARRAY_TASK_ID")
+}
+
+# A file of this job's output with the job's id as sbatch is given it.
+as_pattern() { # FILE
+  [[ $1 == /* ]] || return 0
+  local task=${SLURM_ARRAY_JOB_ID:-none}_${SLURM_ARRAY_TASK_ID:-}
+  printf '%s/' "${1%/*}"
+  sed -E "s/(^|[^0-9])$task([^0-9]|\$)/\1%A_%a\2/; s/(^|[^0-9])$SLURM_JOB_ID([^0-9]|\$)/\1%j\2/" <<<"${1##*/}"
+}
+
+# Those of the job script. SLURM shows them as one text behind its path; where our own end with the same, as they do with
+# "$@" in the job script, it is known where each of them begins.
+find_arguments() {
+  local shown path i
+  shown=$(get Command)
+  for ((i = 1; i < ${#shown}; i++)); do
+    [[ ${shown:i:1} != ' ' || ! -f ${shown:0:i} ]] || break
+  done
+  path=${shown:0:i} shown=${shown:i}
+  [[ -f $path || $path != /* ]] || say "$path is not there any more: the next job gets no arguments"
+  [[ -n $shown ]] || return 0
+  for ((i = 0; i < ${#our_arguments[@]}; i++)); do
+    arguments=("${our_arguments[@]:i}")
+    [[ "${arguments[*]}" != "${shown:1}" ]] || return 0
+  done
+  read -r -a arguments <<<"$shown"
+  say "the next job gets as arguments the words:$shown (SLURM does not show where an argument begins)"
+}
+
 cancel_continuation() {
+  local known=$continuation
+  [[ $mode != chain ]] || find_continuation
+  continuation=${continuation:-$known}
   [[ -z $continuation ]] || scancel "$continuation"
+  continuation=''
+}
+
+cancel_if_cancelled() {
+  [[ $mode == chain && -n $stopped_by ]] && (is_cancelled) || return 0
+  say "the job was cancelled: cancelling its continuation $continuation"
+  cancel_continuation
+  mode=loop
+}
+
+# scancel means that the job is not wanted any more. A time limit and preemption send TERM too, and so does a requeue,
+# but these leave a reason, a time or a count.
+is_cancelled() {
+  ask "$job"
+  [[ $(get JobState) =~ ^(COMPLETING|CANCELLED)$ && $(get Reason) == None && $(get PreemptTime) =~ ^(None)?$ &&
+    $(get Restarts) == "${SLURM_RESTART_COUNT:-0}" ]]
+}
+
+# A job that is cancelled while it waits to start again, or with KILL, cannot cancel its continuation: that one has to see it.
+end_if_earlier_is_cancelled() {
+  ask "$earlier"
+  [[ $(get JobState) == CANCELLED ]] || return 0
+  say "job $earlier, which this job continues, was cancelled: nothing to run"
+  exit 0
 }
 
 # -- signals
@@ -198,16 +322,6 @@ stop() { # SIGNAL
   say "got SIG$1: passing it on, waiting for the command to end, starting no other run"
   pass_on "$1"
   pass_on CONT # it may be stopped, and hear nothing else
-  if [[ -n $continuation ]] && (is_cancelled); then
-    say "the job was cancelled: cancelling its continuation $continuation"
-    cancel_continuation
-  fi
-}
-
-# scancel means that the job is not wanted any more; time limits, preemption and failing nodes send TERM too, but leave
-# a reason.
-is_cancelled() {
-  [[ $(job_info JobState) =~ ^(COMPLETING|CANCELLED) && $(job_info Reason) == None && -z $(job_info PreemptTime) ]]
 }
 
 user_signal() { # SIGNAL
@@ -231,8 +345,9 @@ run_once() {
   "${command[@]}" 2>&3 3>&- &
   pid=$!
   set +m
-  # As long as it is a copy of this shell, with our command line, it would keep a signal for itself.
-  while cmp -s "/proc/$$/cmdline" "/proc/$pid/cmdline"; do :; done
+  # As long as it is a copy of this shell, with our command line, it would keep a signal for itself. It remains one if
+  # COMMAND has no #! line.
+  while ((SECONDS < 2)) && cmp -s "/proc/$$/cmdline" "/proc/$pid/cmdline"; do :; done
   child=$pid
   for signal in $early; do pass_on "$signal"; done
   while true; do
@@ -240,14 +355,19 @@ run_once() {
     wait "$pid"
     status=$?
     ((heard != signals)) || break # no signal has interrupted it
+    cancel_if_cancelled
   done
+  ((status >= 0)) || status=255 # of a command that ends right as a signal arrives, bash 5.2 may lose the exit code
   child=''
 }
 
-# The failures in a row that earlier jobs of this chain have noted.
+# The failures in a row that earlier jobs of this chain, or earlier lives of this job, have noted.
 earlier_failures() {
   failures=0
-  [[ -n ${FT_AUTORESUME_CONTINUES:-} ]] || return 0
+  if [[ -z $continues ]]; then
+    rm -f -- "$flag.gave_up" # whoever starts the job anew wants to try again
+    return
+  fi
   local noted_step
   read_note failures
   failures=${REPLY:-0}
@@ -263,6 +383,7 @@ earlier_failures() {
 }
 
 end() { # EXIT_CODE RESULT REASON
+  cancel_if_cancelled
   note end "$2" "$3"
   say "$3"
   exit "$1"
@@ -285,7 +406,8 @@ end_if_done() {
   fi
   if [[ -n $stopped_by ]]; then
     local -A numbers=([HUP]=1 [INT]=2 [TERM]=15)
-    end $((128 + numbers[$stopped_by])) stopped "stopped by SIG$stopped_by"
+    cancel_if_cancelled
+    end $((128 + numbers[$stopped_by])) stopped "stopped by SIG$stopped_by${continuation:+: job $continuation goes on from here}"
   fi
   if ((failures >= max_failures)); then
     cancel_continuation
@@ -298,51 +420,51 @@ hand_over() {
   if [[ $mode == requeue ]]; then
     note end unfinished "requeueing job $job"
     say "requeueing job $job"
-    scontrol requeue "$job" && sleep 60 & # until SLURM ends this script
+    trap 'exit 0' TERM # which SLURM sends at once
+    scontrol requeue "$job" && sleep 60 &
     wait $!
-    exit 0
+    trap 'stop TERM' TERM
+    say "cannot requeue job $job: doing all runs in this job"
+    mode=loop
   fi
+  keep_continuation
   [[ -z $continuation ]] || end 0 unfinished "job $continuation goes on from here"
   [[ -z $handing_over ]] || end 0 unfinished "stopped as asked: run this again to go on"
 }
 
 main() {
+  our_arguments=("$@")
   parse_arguments "$@"
   check_arguments
   if [[ -e $flag ]]; then
     say "nothing to run: training is complete, $flag exists; remove it to go on, and the checkpoints too to train anew"
     exit 0
   fi
-  child='' early='' signals=0 stopped_by='' handing_over='' status=0 continuation='' run=0
-  choose_mode
+  child='' early='' signals=0 stopped_by='' handing_over='' status=0 run=0 failures=0
+  know_job
+  if [[ -n $job ]] && grep -qz '/slurm_script$' "/proc/$PPID/cmdline"; then
+    say "warning: signals end the job script, and do not arrive here: let it end with: exec ./autoresume.sh ..."
+  fi
+  [[ -z $earlier ]] || end_if_earlier_is_cancelled
   trap 'stop TERM' TERM
   trap 'stop INT' INT
   trap 'stop HUP' HUP
   trap 'user_signal USR1' USR1
   trap 'user_signal USR2' USR2
+  keep_continuation
   take_lock
   earlier_failures
-  [[ -n ${FT_AUTORESUME_CONTINUES:-} ]] || rm -f -- "$flag.gave_up" # whoever starts the job anew wants to try again
-  if [[ $mode == chain ]]; then
-    queue_continuation
-    if [[ -n $continuation ]]; then
-      say "job $continuation is queued to go on when this job ends"
-    else
-      say "cannot queue a continuation: doing all runs in this job"
-    fi
-  fi
-  unset FT_AUTORESUME_CONTINUES
   export FAULT_TOL_FINISHED_FLAG_FILE=$flag
 
   local before
   [[ ! -t 0 ]] || exec </dev/null # to read from the terminal, in the background, would stop COMMAND for ever
-  end_if_done
   while true; do
     rm -f -- "$flag.stop" # it was meant for an earlier run
+    end_if_done
     [[ -z $handing_over ]] || hand_over
     run=$((run + 1))
-    note start running ''
     say "run $run starts"
+    note start running ''
     read_member "$flag.progress" step
     before=$REPLY
     SECONDS=0
@@ -360,8 +482,8 @@ main() {
     end_if_done
     [[ $status != 0 && -z $handing_over ]] || hand_over
     note end unfinished "exit code $status"
+    [[ -n $continuation ]] || keep_continuation # SLURM may answer now
     ((status == 0)) || sleep 1
-    end_if_done
   done
 }
 

@@ -145,6 +145,63 @@ def test_a_stop_signal_at_any_moment_ends_it(start: Start, directory: Path, name
         assert job.wait(10) == 128 + number, job.output
         assert job.output.count("got SIG") == 1, job.output
         assert job.output.endswith(f"stopped by SIG{name}\n"), job.output
+        assert "exit code -" not in job.output, job.output
+
+
+def test_a_stop_signal_between_two_runs_starts_no_other(run: Callable[..., Started], directory: Path) -> None:
+    """In the pause after a run that failed."""
+    job = run("exit 1")
+    job.wait_for_output("1 of 3 in a row")
+    os.kill(job.pid, signal.SIGTERM)
+    assert job.wait() == 128 + signal.SIGTERM
+    assert starts(directory) == 1 and "run 2" not in job.output
+
+
+def test_a_command_without_an_interpreter_line_hears_signals_and_costs_no_time(start: Start, directory: Path) -> None:
+    script = directory / "train"
+    script.write_text("trap 'echo ENDS; exit 1' TERM; echo UP; while :; do read -t 1 <> pipe; done\n")
+    script.chmod(0o755)
+    os.mkfifo(directory / "pipe")
+    job = start([AUTORESUME, "./train"], cwd=directory)
+    job.wait_for_output("UP")
+    time.sleep(3)  # it takes 2 s to see that the command remains a copy of the shell
+    before = cpu_seconds(job.pid)
+    time.sleep(1)
+    assert cpu_seconds(job.pid) - before < 0.3
+    os.kill(job.pid, signal.SIGTERM)
+    assert job.wait() == 128 + signal.SIGTERM
+    assert "ENDS" in job.output
+
+
+def test_a_stop_request_by_hand_is_for_the_job_and_the_next_run_goes_on(
+    run: Callable[..., Started], directory: Path
+) -> None:
+    job = run('save $n; echo UP; [ $n -lt 2 ] || { finish; exit; }; until [ -e "$f.stop" ]; do sleep 0.05; done')
+    job.wait_for_output("UP")
+    (directory / "ft_finished.flag.stop").touch()
+    assert job.wait() == 0
+    assert starts(directory) == 2 and not (directory / "ft_finished.flag.stop").exists()
+
+
+def test_a_file_system_without_locks_is_said_once_and_ends_nothing(run: Callable[..., Started], tmp_path: Path) -> None:
+    flock = tmp_path / "bin" / "flock"
+    flock.parent.mkdir()
+    flock.write_text("#!/bin/bash\necho 'flock: 9: Function not implemented' >&2; exit 71\n")
+    flock.chmod(0o755)
+    job = run("save $n; [ $n -lt 2 ] || finish", PATH=f"{flock.parent}:{os.environ['PATH']}")
+    assert job.wait() == 0
+    assert job.output.count("nothing keeps a second run of this job from starting") == 1
+
+
+def test_the_notes_are_json_whatever_is_in_them(run: Callable[..., Started], directory: Path) -> None:
+    odd = directory / 'a "flag"\\ of\ttwo\nlines é'
+    odd.mkdir()
+    (directory / "step").write_text('{"step": "a\\\\n\tb\\"c"}')
+    (directory / "reason").write_text('{"reason": "a\tb\x01 \\\\ \\"c \\u0041"}')
+    assert run('cp step "$f.progress"; cp reason "$f"', "--flag", str(odd / "done")).wait() == 0
+    lines = (odd / "done.runs").read_text().splitlines()
+    assert [json.loads(line)["result"] for line in lines] == ["running", "complete"]
+    assert "ab" in json.loads(lines[1])["reason"]
 
 
 def test_usr2_is_passed_on_and_ends_nothing(run: Callable[..., Started], directory: Path) -> None:

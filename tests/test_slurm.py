@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -52,9 +54,15 @@ SlurmdTimeout=8
 KillWait=4
 SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
-NodeName=n1 NodeHostname={host} NodeAddr={address} Port={first} CPUs=8 RealMemory=8000 State=UNKNOWN
-NodeName=n2 NodeHostname={host} NodeAddr={address} Port={second} CPUs=8 RealMemory=8000 State=UNKNOWN
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+GresTypes=gpu
+NodeName=DEFAULT CPUs=8 RealMemory=8000 Gres=gpu:2 Feature=fast State=UNKNOWN
+NodeName=n1 NodeHostname={host} NodeAddr={address} Port={first}
+NodeName=n2 NodeHostname={host} NodeAddr={address} Port={second}
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE State=UP
+PartitionName=cancel Nodes=ALL MaxTime=INFINITE PriorityTier=1 PreemptMode=CANCEL State=UP
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=9 PreemptMode=OFF State=UP
 """
 
 
@@ -74,22 +82,25 @@ class Slurm:
         text = CONFIGURATION.format(directory=directory, user=user, **values)
         (directory / "slurm.conf").write_text(text)
         (directory / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
+        (directory / "gres.conf").write_text("NodeName=n1,n2 Name=gpu Count=2 File=/dev/null,/dev/zero\n")
         kept = {
             name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "FT_", "FAULT", "PET_"))
         }
         self.environment = kept | {"SLURM_CONF": str(directory / "slurm.conf"), "PYTHON": sys.executable}
-        daemons = [["slurmctld", "-D", "-c"], ["slurmd", "-D", "-N", "n1"], ["slurmd", "-D", "-N", "n2"]]
-        self.daemons = [
-            subprocess.Popen(
-                daemon, env=self.environment, start_new_session=True,
-                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            )
-            for daemon in daemons
-        ]  # fmt: skip
+        self.daemons: list[subprocess.Popen[bytes]] = []
+
+    def start(self) -> None:
+        for daemon in (["slurmctld", "-D", "-c"], ["slurmd", "-D", "-N", "n1"], ["slurmd", "-D", "-N", "n2"]):
+            self.daemons.append(
+                subprocess.Popen(
+                    daemon, env=self.environment, start_new_session=True,
+                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                )
+            )  # fmt: skip
         wait_until(self.is_idle, 60, "two idle nodes")
 
     def is_idle(self) -> bool:
-        return self.call("sinfo", "-N", "-h", "-o", "%T", check=False).split() == ["idle", "idle"]
+        return self.call("sinfo", "-p", "main", "-N", "-h", "-o", "%T", check=False).split() == ["idle", "idle"]
 
     def call(self, *command: str, check: bool = True, cwd: Path | None = None) -> str:
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, cwd=cwd, timeout=60)
@@ -105,10 +116,22 @@ class Slurm:
     def wait_empty(self, limit: float = 90.0) -> None:
         wait_until(lambda: not self.queue(), limit, "an empty queue")
 
+    def cancel_all(self) -> None:
+        """Again and again: a job that ends may just have queued another."""
+
+        def is_empty() -> bool:
+            jobs = self.queue()
+            for job in jobs:
+                self.call("scancel", job, check=False)
+            return not jobs
+
+        wait_until(is_empty, 30, "an empty queue")
+
     def stop(self) -> None:
-        for job in self.queue():
-            self.call("scancel", job, check=False)
-        wait_until(lambda: not self.queue(), 30, "an empty queue")
+        try:
+            self.cancel_all()
+        except (AssertionError, subprocess.TimeoutExpired):  # slurmctld does not answer: the daemons are to end anyway
+            pass
         for daemon in self.daemons:
             daemon.terminate()
         for daemon in self.daemons:
@@ -140,6 +163,7 @@ def slurm() -> Iterator[Slurm]:
     directory = Path(tempfile.mkdtemp(prefix="sl", dir="/tmp"))  # a long path breaks the sockets of steps
     cluster = Slurm(directory)
     try:
+        cluster.start()
         yield cluster
     finally:
         cluster.stop()
@@ -152,18 +176,16 @@ def directory(slurm: Slurm, tmp_path: Path) -> Iterator[Path]:
     path = tmp_path / "my job's files"
     path.mkdir()
     yield path
-    for job in slurm.queue():
-        slurm.call("scancel", job, check=False)
-    slurm.wait_empty(30)
+    slurm.cancel_all()
     slurm.call("scontrol", "update", "nodename=n1,n2", "state=resume", check=False)
     wait_until(slurm.is_idle, 30, "idle nodes")
 
 
 # Counts its starts, and saves a checkpoint in each; $1 says when to finish and $2 what to do otherwise.
 TRAIN = """#!/bin/bash
-f=$FAULT_TOL_FINISHED_FLAG_FILE; echo "$SLURM_JOB_ID ${SLURM_RESTART_COUNT:-0} $*" >>"$f.starts"
+f=$FAULT_TOL_FINISHED_FLAG_FILE; echo "$SLURM_JOB_ID ${SLURM_RESTART_COUNT:-0}$(printf ' <%s>' "$@")" >>"$f.starts"
 n=$(wc -l <"$f.starts")
-case $2 in fail) exit 4;; esac
+case $2 in fail) exit 4;; nothing) exit 0;; esac
 echo "{\\"step\\": $n}" >"$f.tmp" && mv "$f.tmp" "$f.progress"
 [ "$n" -lt "$1" ] || { echo '{"reason": "max_steps reached"}' >"$f"; exit 0; }
 case $2 in wait) until [ -e "$f.stop" ]; do sleep 0.05; done; rm "$f.stop";; esac
@@ -171,17 +193,37 @@ exit 0
 """
 
 
-def write_job(directory: Path, *options: str, lines: str = "-N1 -n1 -t 5", command: str = './train.sh "$@"') -> Path:
-    (directory / "train.sh").write_text(TRAIN)
-    (directory / "train.sh").chmod(0o755)
-    script = directory / "the job.sh"
-    autoresume = f"exec '{ROOT}/autoresume.sh' {' '.join(options)} -- {command}"
-    script.write_text(f"#!/bin/bash\n#SBATCH {lines} -o out-%j.txt --open-mode=append\n{autoresume}\n")
-    return script
+def write_program(path: Path, text: str) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+def write_job(
+    directory: Path, *options: str, lines: str = "-t 5", command: str = './train.sh "$@"', start: str = "exec"
+) -> Path:
+    """A job script that starts autoresume.sh, and the command; programs in the directory `bin` hide SLURM's."""
+    write_program(directory / "train.sh", TRAIN)
+    return write_program(
+        directory / "the job.sh",
+        f"#!/bin/bash\n#SBATCH -N1 -n1 {lines} -o out-%j.txt --open-mode=append\nPATH=$PWD/bin:$PATH\n"
+        f"{start} '{ROOT}/autoresume.sh' {' '.join(options)} -- {command}\n",
+    )
 
 
 def output(directory: Path) -> str:
-    return "".join(path.read_text(errors="replace") for path in sorted(directory.glob("out-*.txt")))
+    """What all jobs have written, in the order of the jobs."""
+    paths = sorted(directory.glob("out-*.txt"), key=lambda path: int(path.stem.partition("-")[2]))
+    return "".join(path.read_text(errors="replace") for path in paths)
+
+
+def jobs_of(directory: Path, flag: str = "ft_finished.flag") -> list[str]:
+    return [line.split()[0] for line in starts(directory, flag)]
+
+
+def notes(directory: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (directory / "ft_finished.flag.runs").read_text().splitlines()]
 
 
 def starts(directory: Path, flag: str = "ft_finished.flag") -> list[str]:
@@ -194,13 +236,14 @@ def wait_for_starts(directory: Path, count: int, flag: str = "ft_finished.flag")
 
 
 def test_a_chain_of_jobs_ends_with_the_flag_and_an_empty_queue(slurm: Slurm, directory: Path) -> None:
-    job = slurm.submit(directory, "-J", "a name", str(write_job(directory)), "3", "go on")
+    job = slurm.submit(directory, "-J", "a name", str(write_job(directory)), "3", "go  on", "", "*", "")
     slurm.wait_empty()
     lines = [line.split(" ", 2) for line in starts(directory)]
-    assert [line[2] for line in lines] == ["3 go on"] * 3, output(directory)
+    assert [line[2] for line in lines] == ["<3> <go  on> <> <*> <>"] * 3, output(directory)
     assert len({line[0] for line in lines}) == 3 and lines[0][0] == job
     assert "training is complete" in output(directory)
-    runs = [json.loads(line) for line in (directory / "ft_finished.flag.runs").read_text().splitlines()]
+    assert not re.search("warning|cannot|words", output(directory)), output(directory)
+    runs = notes(directory)
     assert [run["job"] for run in runs if run["event"] == "start"] == [line[0] for line in lines]
     assert runs[-1]["result"] == "complete"
     names = slurm.call("scontrol", "show", "job", lines[-1][0], "--oneliner")
@@ -226,13 +269,21 @@ def test_after_usr1_a_failed_run_is_followed_by_none_in_this_job(slurm: Slurm, d
     assert len(starts(directory)) == 6
 
 
-def test_a_job_that_reaches_its_time_limit_is_gone_on_with(slurm: Slurm, directory: Path) -> None:
-    job = slurm.submit(directory, str(write_job(directory)), "2", "wait")
-    wait_for_starts(directory, 1)
+def test_a_time_limit_and_the_signal_before_it_are_survived(slurm: Slurm, directory: Path) -> None:
+    """Two jobs at once, since SLURM looks at time limits every 30 s: one is told before its end, the other is not."""
+    told, untold = directory / "told", directory / "untold"
+    for path, lines in ((told, "-t 1 --signal=B:USR1@45"), (untold, "-t 5")):
+        path.mkdir()
+        job = slurm.submit(path, str(write_job(path, lines=lines)), "2", "wait")
+        wait_for_starts(path, 1)
     slurm.call("scontrol", "update", f"jobid={job}", "EndTime=now+5")
-    slurm.wait_empty(150)  # the limit is looked at every 30 s
-    assert len(starts(directory)) == 2, output(directory)
-    assert (directory / "ft_finished.flag").exists()
+    slurm.wait_empty(150)
+    for path in (told, untold):
+        assert len(set(jobs_of(path))) == len(starts(path)) == 2, output(path)
+        assert (path / "ft_finished.flag").exists()
+    assert "got SIGUSR1: asking the job to save a checkpoint" in output(told)
+    assert "goes on from here" in output(told)
+    assert "DUE TO TIME LIMIT" in output(untold) and "was cancelled" not in output(untold)
 
 
 def test_a_job_that_always_fails_stops_at_the_limit_and_leaves_no_job(slurm: Slurm, directory: Path) -> None:
@@ -250,10 +301,185 @@ def test_scancel_cancels_the_continuation_too(slurm: Slurm, directory: Path) -> 
     slurm.wait_empty()
     assert len(starts(directory)) == 1, output(directory)
     assert "the job was cancelled" in output(directory)
+    assert notes(directory)[-1]["reason"] == "stopped by SIGTERM"
+
+
+def test_scancel_while_the_continuation_is_being_queued_cancels_it(slurm: Slurm, directory: Path) -> None:
+    script = write_job(directory)
+    slow = f'{shutil.which("sbatch")} "$@"; touch queued; sleep 1'
+    write_program(directory / "bin" / "sbatch", f"#!/bin/bash\ntrap '' TERM\n{slow}\n")
+    job = slurm.submit(directory, str(script), "9", "wait")
+    wait_until((directory / "queued").exists, 30, "a continuation")
+    slurm.call("scancel", job)
+    slurm.wait_empty(30)
+    assert not starts(directory), output(directory)
+    assert "the job was cancelled" in output(directory)
+
+
+@pytest.mark.parametrize("how", ["KILL", "pending", "no exec"])
+def test_a_job_cancelled_while_it_could_not_act_is_not_gone_on_with(slurm: Slurm, directory: Path, how: str) -> None:
+    job = slurm.submit(directory, str(write_job(directory, start="" if how == "no exec" else "exec")), "9", "wait")
+    wait_for_starts(directory, 1)
+    if how == "pending":
+        slurm.call("scontrol", "requeuehold", job)
+        wait_until(lambda: slurm.call("squeue", "-h", "-j", job, "-o", "%t") == "PD", 30, "a job that is held")
+    slurm.call("scancel", *(["-s", "KILL"] if how == "KILL" else []), job)
+    slurm.wait_empty(30)
+    assert len(starts(directory)) == 1, output(directory)
+    # KILL comes after a TERM, and autoresume.sh may live a moment longer than the job script: those may act themselves.
+    assert f"job {job}, which this job continues, was cancelled" in output(directory) or (
+        how != "pending" and "the job was cancelled" in output(directory)
+    )
+    assert ("warning: signals end the job script" in output(directory)) == (how == "no exec")
+
+
+@pytest.mark.parametrize("partition", ["main", "cancel"])
+def test_a_job_that_is_preempted_is_gone_on_with_once(slurm: Slurm, directory: Path, partition: str) -> None:
+    """Requeued in the partition main, and cancelled in the other."""
+    script = write_job(directory, lines=f"-t 5 -p {partition} -w n1 --exclusive")
+    job = slurm.submit(directory, str(script), "2", "wait")
+    wait_for_starts(directory, 1)
+    slurm.submit(directory, "-p", "urgent", "-w", "n1", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 0.5")
+    wait_for_starts(directory, 2)
+    slurm.wait_empty()
+    assert len(starts(directory)) == 2, output(directory)
+    assert (jobs_of(directory)[1] == job) == (partition == "main")
+    assert "was cancelled" not in output(directory)
+
+
+def test_a_continuation_that_the_user_cancels_is_not_queued_again(slurm: Slurm, directory: Path) -> None:
+    slurm.submit(directory, str(write_job(directory)), "9", "wait")
+    wait_for_starts(directory, 1)
+    (continuation,) = slurm.queue("-t", "PENDING")
+    slurm.call("scancel", continuation)
+    (directory / "ft_finished.flag.stop").touch()
+    wait_for_starts(directory, 2)
+    assert f"job {continuation}, which was to go on from here, was cancelled" in output(directory)
+    assert len(slurm.queue()) == 1
+    (job,) = slurm.queue()
+    slurm.call("scancel", "--batch", "--signal=USR1", job)
+    slurm.wait_empty(30)
+    assert "stopped as asked" in output(directory)
+
+
+def test_a_second_submission_has_a_continuation_of_its_own(slurm: Slurm, directory: Path) -> None:
+    script = write_job(directory)
+    slurm.submit(directory, str(script), "9", "wait")
+    wait_for_starts(directory, 1)
+    (first,) = slurm.queue("-t", "PENDING")
+    slurm.call("scontrol", "hold", first)
+    (directory / "ft_finished.flag.stop").touch()
+    wait_until(lambda: not slurm.queue("-t", "RUNNING,COMPLETING"), 30, "the end of the job")
+    slurm.submit(directory, str(script), "9", "wait")
+    wait_for_starts(directory, 2)
+    assert len(slurm.queue("-t", "PENDING")) == 2 and first in slurm.queue("-t", "PENDING")
+    slurm.cancel_all()
+
+
+def test_a_job_of_a_chain_waits_for_a_lock_as_long_as_it_takes(slurm: Slurm, directory: Path) -> None:
+    """What an earlier job has left running holds it. A second that is waited takes no time here."""
+    script = write_job(directory)
+    slurm.submit(directory, str(script), "3", "wait")
+    wait_for_starts(directory, 1)
+    write_program(directory / "bin" / "sleep", "#!/bin/bash\necho >>slept\nexec /bin/sleep 0.01\n")
+    with (directory / "ft_finished.flag.lock").open() as lock:
+        (directory / "ft_finished.flag.stop").touch()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        slept = directory / "slept"
+        wait_until(lambda: slept.exists() and slept.read_text().count("\n") > 65, 60, "much waiting")
+        assert output(directory).count("waiting for it to end") == 1, output(directory)
+        assert len(slurm.queue("-t", "RUNNING")) == len(slurm.queue("-t", "PENDING")) == 1
+        (job,) = slurm.queue("-t", "RUNNING")
+        slurm.call("scancel", "--batch", "--signal=TERM", job)
+        wait_until(lambda: f"{job}" not in slurm.queue(), 30, "the end of the job that waits")
+        assert "asked to end before the other run has ended" in output(directory)
+    wait_for_starts(directory, 2)
+    slurm.cancel_all()
+
+
+def test_the_next_job_gets_the_options_of_this_one(slurm: Slurm, directory: Path) -> None:
+    command = 'scontrol show job "$SLURM_JOB_ID" >"show.$SLURM_JOB_ID"; env | grep ^SLURM >"env.$SLURM_JOB_ID"'
+    script = write_job(directory, command=f"bash -c '{command}; exec ./train.sh 2 x'")
+    options = "--ntasks=2 --ntasks-per-node=2 --cpus-per-task=3 --mem=500 --gres=gpu:1 --constraint=fast --exclusive"
+    options += " --exclude=n2 --nice=5 --no-requeue --mail-type=END --mail-user=x@y --open-mode=append"
+    names = ["--comment=a comment", "--job-name=a name", "-o", "out-%j.txt", "-e", "err of %x-%j.txt"]
+    first = slurm.submit(directory, *options.split(), *names, str(script))
+    slurm.wait_empty()
+    assert len(starts(directory)) == 2, output(directory)
+    second = jobs_of(directory)[1]
+
+    def shown(job: str) -> set[str]:
+        text = (directory / f"show.{job}").read_text() + (directory / f"env.{job}").read_text()
+        words = text.replace(f"{job}.txt", "%j.txt").split()
+        return {
+            word for word in words if not re.search(r"(Time|Id|ID|PID|Priority|Eval|Sid|Command|DEPENDENCY)=", word)
+        }
+
+    assert shown(first) ^ shown(second) <= {"files/the", "job.sh", "files/ft_finished.flag.job"}
+    assert len(shown(first)) > 60 and "Features=fast" in shown(first)
+    assert (directory / f"err of a name-{second}.txt").exists()
+
+
+def test_the_next_job_runs_where_this_one_did(slurm: Slurm, directory: Path) -> None:
+    """A job script that changes the directory; --output is relative."""
+    (directory / "deep" / "deeper").mkdir(parents=True)
+    script = write_job(directory / "deep", start="cd deeper; exec", command='../train.sh "$@"')
+    slurm.submit(directory, "--chdir=deep", str(script), "3", "go on")
+    slurm.wait_empty()
+    deepest = directory / "deep" / "deeper"
+    assert len(starts(deepest)) == 3, output(directory / "deep")
+    assert len(list((directory / "deep").glob("out-*.txt"))) == 3 and not list(deepest.glob("out-*.txt"))
+
+
+def test_arguments_that_the_job_script_uses_in_its_own_way_are_taken_for_words(slurm: Slurm, directory: Path) -> None:
+    slurm.submit(directory, str(write_job(directory, command='./train.sh "$1" "$2" and more')), "2", "go")
+    slurm.wait_empty()
+    assert [line.split(" ", 2)[2] for line in starts(directory)] == ["<2> <go> <and> <more>"] * 2, output(directory)
+    assert "the next job gets as arguments the words: 2 go" in output(directory)
+
+
+def test_autoresume_itself_can_be_given_to_sbatch(slurm: Slurm, directory: Path) -> None:
+    write_job(directory)
+    arguments = ["--flag", "my flag", "--", "./train.sh", "3", "go  on"]
+    slurm.submit(directory, "-t", "5", "-o", "out-%j.txt", str(ROOT / "autoresume.sh"), *arguments)
+    slurm.wait_empty()
+    assert len(set(jobs_of(directory, "my flag"))) == len(starts(directory, "my flag")) == 3, output(directory)
+    assert all(line.endswith(" <3> <go  on>") for line in starts(directory, "my flag"))
+
+
+@pytest.mark.parametrize("options", [["--slurm=loop"], []])
+def test_loop_mode_does_all_runs_in_one_job(slurm: Slurm, directory: Path, options: list[str]) -> None:
+    """As auto does where there is no sbatch, in a container say."""
+    script = write_job(directory, *options)
+    if not options:
+        names = ("bash", "env", "dirname", "grep", "sed", "flock", "rm", "mv", "tail", "cat", "cmp", "wc", "sleep")
+        (directory / "bin").mkdir()
+        for name in names:
+            (directory / "bin" / name).symlink_to(str(shutil.which(name)))
+        script.write_text(script.read_text().replace("PATH=$PWD/bin:$PATH", "export PATH=$PWD/bin"))
+    slurm.submit(directory, str(script), "3", "go on")
+    wait_for_starts(directory, 1)
+    assert len(slurm.queue()) <= 1
+    slurm.wait_empty()
+    assert len(starts(directory)) == 3 and len(set(jobs_of(directory))) == 1, output(directory)
+    assert not re.search("cannot|not found|queued", output(directory)), output(directory)
+
+
+def test_sbatch_that_fails_is_tried_again(slurm: Slurm, directory: Path) -> None:
+    script = write_job(directory)
+    once = "[ -e once ] || { touch once; echo 'sbatch: error: Socket timed out' >&2; exit 1; }"
+    write_program(directory / "bin" / "sbatch", f'#!/bin/bash\n{once}\nexec {shutil.which("sbatch")} "$@"\n')
+    slurm.submit(directory, str(script), "3", "wait")
+    wait_for_starts(directory, 1)
+    assert "cannot queue a continuation" in output(directory) and len(slurm.queue()) == 1
+    (directory / "ft_finished.flag.stop").touch()
+    wait_for_starts(directory, 2)
+    assert len(set(jobs_of(directory))) == 2, output(directory)
+    slurm.cancel_all()
 
 
 def test_a_node_that_fails_in_the_middle_of_a_run_is_survived(slurm: Slurm, directory: Path) -> None:
-    job = slurm.submit(directory, str(write_job(directory, lines="-N1 -n1 -t 5 --no-requeue")), "2", "wait")
+    job = slurm.submit(directory, str(write_job(directory, lines="-t 5 --no-requeue")), "2", "wait")
     wait_for_starts(directory, 1)
     node = slurm.call("squeue", "-h", "-j", job, "-o", "%N")
     slurm.call("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
@@ -263,12 +489,17 @@ def test_a_node_that_fails_in_the_middle_of_a_run_is_survived(slurm: Slurm, dire
 
 
 def test_a_requeued_job_queues_no_second_continuation(slurm: Slurm, directory: Path) -> None:
-    job = slurm.submit(directory, str(write_job(directory, lines="-N1 -n1 -t 5 --requeue")), "2", "wait")
+    job = slurm.submit(directory, str(write_job(directory, lines="-t 5 --requeue")), "3", "wait")
     wait_for_starts(directory, 1)
+    continuation = slurm.queue("-t", "PENDING")
     slurm.call("scontrol", "requeue", job)
     wait_for_starts(directory, 2)
+    assert slurm.queue("-t", "PENDING") == continuation and len(continuation) == 1, output(directory)
+    (directory / "ft_finished.flag.stop").touch()
     slurm.wait_empty()
-    assert [line.split()[:2] for line in starts(directory)] == [[job, "0"], [job, "1"]], output(directory)
+    assert [line.split()[:2] for line in starts(directory)[:2]] == [[job, "0"], [job, "1"]], output(directory)
+    assert jobs_of(directory)[2:] == continuation, output(directory)
+    assert "was cancelled" not in output(directory)
 
 
 def test_requeue_mode_does_its_runs_in_one_job(slurm: Slurm, directory: Path) -> None:
@@ -279,19 +510,42 @@ def test_requeue_mode_does_its_runs_in_one_job(slurm: Slurm, directory: Path) ->
     assert (directory / "ft_finished.flag").exists(), output(directory)
 
 
+def test_requeue_mode_where_requeueing_is_not_allowed_goes_on_in_the_job(slurm: Slurm, directory: Path) -> None:
+    slurm.submit(directory, "--no-requeue", str(write_job(directory, "--slurm=requeue")), "3", "go on")
+    slurm.wait_empty()
+    assert len(starts(directory)) == 3, output(directory)
+    assert "cannot requeue job" in output(directory)
+
+
+@pytest.mark.parametrize(("mode", "options"), [("chain", ["--export=NONE"]), ("requeue", [])])
+def test_the_failure_limit_holds_from_job_to_job(slurm: Slurm, directory: Path, mode: str, options: list[str]) -> None:
+    slurm.submit(directory, *options, str(write_job(directory, f"--slurm={mode}", "--max-failures=2")), "9", "nothing")
+    wait_until(lambda: "giving up" in output(directory) or len(starts(directory)) > 2, 60, "the limit")
+    slurm.wait_empty()
+    assert [line.split()[1] for line in starts(directory)] == ["0", "1" if mode == "requeue" else "0"]
+    assert "2 runs in a row reported no new checkpoint: giving up" in output(directory)
+
+
 def test_each_task_of_a_job_array_has_a_chain_of_its_own(slurm: Slurm, directory: Path) -> None:
     slurm.submit(directory, "--array=3-4", str(write_job(directory)), "2", "go on")
     slurm.wait_empty()
     for task in (3, 4):
         flag = f"ft_finished_{task}.flag"
         assert (directory / flag).exists(), output(directory)
-        assert len(starts(directory, flag)) == 2
+        assert len(set(jobs_of(directory, flag))) == len(starts(directory, flag)) == 2, output(directory)
+    assert not re.search("cannot|error", output(directory)), output(directory)
 
 
 def test_a_flag_in_a_missing_directory_is_one_line_and_leaves_no_job(slurm: Slurm, directory: Path) -> None:
     slurm.submit(directory, str(write_job(directory, "--flag missing/flag")), "1", "go on")
     slurm.wait_empty()
     assert output(directory).count("\n") == 1 and "does not exist" in output(directory)
+
+
+def test_a_flag_in_a_read_only_directory_is_one_line_and_leaves_no_job(slurm: Slurm, directory: Path) -> None:
+    slurm.submit(directory, str(write_job(directory, "--flag /proc/flag")), "1", "go on")  # not root's either
+    slurm.wait_empty()
+    assert output(directory).count("\n") == 1 and "not writable" in output(directory)
 
 
 def test_a_chain_survives_the_loss_of_exit_codes(slurm: Slurm, directory: Path) -> None:
@@ -303,9 +557,9 @@ def test_a_chain_survives_the_loss_of_exit_codes(slurm: Slurm, directory: Path) 
 
 
 def test_the_readmes_job_script_for_one_node_runs_as_written(slurm: Slurm, directory: Path) -> None:
-    """Without GPUs, and with a python that only notes how it is called."""
+    """With a python that only notes how it is called."""
     _, _, text = (ROOT / "README.md").read_text().partition("<!-- one_node.sh -->\n```bash\n")
-    (directory / "job.sh").write_text(text.partition("```")[0].replace("#SBATCH --gpus-per-node=8\n", ""))
+    (directory / "job.sh").write_text(text.partition("```")[0].replace("-node=8\n", "-node=2\n").replace("=64", "=8"))
     shutil.copy(ROOT / "autoresume.sh", directory)
     python = directory / "bin" / "python"
     python.parent.mkdir()
@@ -317,15 +571,15 @@ def test_the_readmes_job_script_for_one_node_runs_as_written(slurm: Slurm, direc
     assert "training is complete" in output(directory)
 
 
-def test_a_lightning_training_goes_on_from_job_to_job(slurm: Slurm, directory: Path) -> None:
-    """The README's job script for several nodes: two launchers, a rank killed on the way, a stop request, an end."""
+def test_a_lightning_training_of_three_jobs(slurm: Slurm, directory: Path) -> None:
+    """The README's job script for several nodes: two launchers, a rank killed on the way, two stop requests, an end."""
     script = directory / "job.sh"
     readme = (ROOT / "README.md").read_text()
     _, _, text = readme.partition("<!-- job.sh -->\n```bash\n")
     text = text.partition("```")[0]
     assert "srun" in text and "autoresume.sh" in text
     for old, new in {
-        "--nodes=4": "--nodes=2", "--time=04:00:00": "--time=60", "--gpus-per-node=8": "--cpus-per-task=2",
+        "--nodes=4": "--nodes=2", "--time=04:00:00": "--time=60", "--gpus-per-node=8": "--gpus-per-node=2", "=64": "=4",
         "--nproc-per-node=8": "--nproc-per-node=1", "./autoresume.sh": f"'{ROOT}/autoresume.sh'",
         "ft_launcher.py": f"'{ROOT}/ft_launcher.py' --ft-run-dir=runs",
         "train.py": f"'{ROOT}/examples/train.py' --epochs 3 --steps-per-epoch 40 --fault rank_killed --fault-delay 2",
@@ -339,13 +593,15 @@ def test_a_lightning_training_goes_on_from_job_to_job(slurm: Slurm, directory: P
     progress = directory / "ft_finished.flag.progress"
     wait_until(progress.exists, 120, f"a checkpoint: {output(directory)}")
     slurm.call("scancel", "--batch", "--signal=USR1", job)
+    wait_until(lambda: "run 2 starts" in output(directory), 60, f"a second job: {output(directory)}")
+    (directory / "ft_finished.flag.stop").touch()
     wait_until(lambda: (directory / "ft_finished.flag").exists(), 150, f"the flag: {output(directory)}")
     slurm.wait_empty()
     text = output(directory)
     assert "ended by SIGKILL, which nobody here sent" in text
-    assert "stopped at step" in text
-    runs = [json.loads(line) for line in (directory / "ft_finished.flag.runs").read_text().splitlines()]
-    assert len({run["job"] for run in runs}) == 2, text
-    stopped_at = next(run["step"] for run in runs if run["event"] == "end")
-    assert 40 <= int(stopped_at) < 120
+    assert text.count("stopped at step") >= 2
+    runs = notes(directory)
+    assert [run["run"] for run in runs] == [1, 1, 2, 2, 3, 3] and len({run["job"] for run in runs}) == 3, text
+    stopped_at = [int(run["step"]) for run in runs if run["event"] == "end"]
+    assert 40 <= stopped_at[0] < stopped_at[1] < stopped_at[2] == 120
     assert json.loads((directory / "ft_finished.flag").read_text())["step"] == 120
