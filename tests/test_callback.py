@@ -800,7 +800,7 @@ def test_asynchronous_saves_do_not_lead_to_a_timeout_that_is_too_short(
         tmp_path, callback, keep, plugins=[AsyncCheckpointIO(Slow())], max_epochs=2, limit_train_batches=20
     )
     trainer.fit(Model())
-    timeouts = json.loads((tmp_path / "state" / "ft_state.json").read_text())["client"]["timeouts"]
+    timeouts = json.loads((tmp_path / "state" / "ft_state.json").read_text())["timeouts"]
     assert "rank_section_timeouts[checkpointing]" not in timeouts
     assert timeouts["rank_section_timeouts[finishing]"] >= 5 * 0.4
     assert timeouts["rank_heartbeat_timeout"] < 5 * 0.4
