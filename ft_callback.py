@@ -439,7 +439,8 @@ class FaultToleranceCallback(pl.Callback):
             return
         trainer.strategy.barrier("FaultToleranceCallback.teardown")  # within the section: rank 0 may still write
         self._leave(FINISHING)
-        self._heartbeat(trainer)  # before timeouts come into force: finishing took longer than they are
+        if self._in_training:
+            self._heartbeat(trainer)  # before timeouts come into force: finishing took longer than they are
         self._underway.clear()
         self._update_timeouts(trainer)
         self._remove_superseded(trainer)

@@ -773,7 +773,7 @@ class RankMonitorClient:
     def load_state_dict(self, state: Mapping[str, Any], notes: str | os.PathLike[str] | None = None) -> None:
         """Take over the timeouts of an earlier run, before or after init_workload_monitoring().
 
-        They are in force at once, also that of a section that is open: leave what may have taken longer before. An
+        They are in force at once, for clocks that run already too: leave sections, and send a heartbeat, before. An
         empty state, as of a checkpoint from before, changes nothing. `notes`: the directory of read_state(), in which
         monitors are to note what ends ranks. Raises ConfigError (a ValueError) for a state that is not one.
         """

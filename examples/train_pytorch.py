@@ -107,9 +107,9 @@ def main() -> None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
-    client.end_section("setup")  # before limits come into force: it may have taken longer than they are
+    client.end_section("setup")
+    client.send_heartbeat(start)  # before limits come into force: setup may have taken longer than they are
     load_timeouts(client, args.dir)  # 4
-    client.send_heartbeat(start)
     client.start_section("first_batch")  # 2
 
     for step in range(start, args.steps):

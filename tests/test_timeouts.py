@@ -450,6 +450,139 @@ def test_heartbeat_timeouts_rest_in_the_first_validation_whose_steps_are_not_kno
     assert stored(tmp_path)[HEARTBEAT] >= 1.5
 
 
+def in_force(trainer: Trainer) -> float | None:
+    """The timeout of heartbeats that is in force."""
+    (callback,) = [callback for callback in trainer.callbacks if isinstance(callback, FaultToleranceCallback)]  # type: ignore[attr-defined]
+    return callback._client.hb_timeouts.subsequent
+
+
+def state_of(directory: Path) -> dict[str, Any]:
+    return dict(json.loads((directory / "state" / "ft_state.json").read_text()))
+
+
+def test_heartbeat_timeouts_rest_in_validation_until_one_was_seen_and_included(heard: Heard, tmp_path: Path) -> None:
+    seen: list[float | None] = []
+
+    class Look(Callback):
+        def on_validation_batch_start(self, trainer: Trainer, *args: Any) -> None:
+            seen.append(in_force(trainer))
+
+        def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+            if trainer.global_step == 25:
+                seen.append(in_force(trainer))
+
+    options: dict[str, Any] = {
+        "limit_val_batches": 1,
+        "val_check_interval": 20,
+        "num_sanity_val_steps": 0,
+        "limit_train_batches": 50,
+    }
+    fit(tmp_path, Look(), **options, max_steps=45)
+    assert seen == [None, 1, 1]  # first validation, training, second validation
+    assert state_of(tmp_path)["included"] == ["save", "validation"]
+
+
+def test_a_validation_that_no_heartbeat_timeout_includes_rests_it_in_the_next_run_too(
+    heard: Heard, tmp_path: Path
+) -> None:
+    fit(tmp_path, limit_val_batches=1, val_check_interval=5, num_sanity_val_steps=0, max_steps=9)
+    assert "included" not in state_of(tmp_path)  # without a save
+
+
+def test_heartbeat_timeouts_rest_in_the_first_turn_of_an_epoch_and_then_include_it(
+    heard: Heard, tmp_path: Path
+) -> None:
+    """DataLoader workers start there, and callbacks do what they do at the end of an epoch."""
+    seen: list[float | None] = []
+
+    class Slow(Callback):
+        def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+            if trainer.global_step in (20, 45):
+                seen.append(in_force(trainer))
+
+        def on_train_epoch_end(self, trainer: Trainer, *args: Any) -> None:
+            seen.append(in_force(trainer))
+            time.sleep(0.3 if trainer.current_epoch == 0 else 0)
+
+    fit(tmp_path, Slow(), limit_train_batches=30, max_steps=65, max_epochs=9)
+    training, first_turn, training_again, second_turn = seen[:4]
+    assert (training, first_turn) == (1, None)
+    assert training_again is not None and training_again >= 1.5 and second_turn == training_again
+    assert state_of(tmp_path)["included"] == ["epoch turn", "save"]
+
+
+def test_attempts_that_do_not_reach_what_the_heartbeat_timeout_came_from_do_not_shorten_it(
+    heard: Heard, tmp_path: Path
+) -> None:
+    (tmp_path / "state").mkdir()
+    state = {"version": 1, "timeouts": {HEARTBEAT: 100}, "included": ["epoch turn", "save", "validation"]}
+    (tmp_path / "state" / "ft_state.json").write_text(json.dumps(state))
+    options: dict[str, Any] = {"limit_val_batches": 1, "num_sanity_val_steps": 0, "max_epochs": 9}
+    fit(tmp_path, **options, max_steps=29)
+    assert stored(tmp_path)[HEARTBEAT] == 100
+    fit(tmp_path, **options, max_steps=75)
+    assert 50 <= stored(tmp_path)[HEARTBEAT] < 60
+
+
+def test_timeouts_are_calculated_without_a_modelcheckpoint_too_after_an_epoch(heard: Heard, tmp_path: Path) -> None:
+    """A save that comes nevertheless has no limit yet, and the clock of heartbeats would go on in it."""
+    seen: list[float | None] = []
+
+    class Save(Callback):
+        def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+            if trainer.global_step == 35:
+                seen.append(in_force(trainer))
+                trainer.save_checkpoint(tmp_path / "by_hand.ckpt")
+                seen.append(in_force(trainer))
+
+        def on_save_checkpoint(self, trainer: Trainer, *args: Any) -> None:
+            seen.append(in_force(trainer))
+
+    callback = FaultToleranceCallback(autoresume=False, calculate_timeouts=True, exp_dir=tmp_path / "state")
+    Trainer(
+        accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, max_steps=40, limit_train_batches=20, limit_val_batches=0,
+        callbacks=[callback, Save()],
+    ).fit(BoringModel())  # fmt: skip
+    assert seen == [1, None, 1]
+
+
+def test_while_training_finishes_and_after_saves_there_is_a_heartbeat_before_its_timeout_comes_into_force(
+    heard: Heard, tmp_path: Path
+) -> None:
+    """Saving and finishing may have taken longer than that."""
+
+    class Export(Callback):
+        def on_train_end(self, trainer: Trainer, *args: Any) -> None:
+            trainer.save_checkpoint(tmp_path / "export.ckpt")
+
+    fit(tmp_path, Export())
+    in_force, beaten, finishing = False, True, False  # as the monitor sees it
+    for message in heard():
+        if message["type"] == "section":
+            beaten = message["open"] and beaten
+            finishing = message["open"] if message["name"] == "finishing" else finishing
+        elif message["type"] == "heartbeat":
+            beaten = True
+        elif message["type"] == "timeouts":
+            in_force = HEARTBEAT in message["calculated"]
+            assert beaten
+        assert not (finishing and in_force)
+    assert in_force
+
+
+def test_that_steps_are_not_watched_is_said_also_when_a_section_is(
+    heard: Heard, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "ft_state.json").write_text(json.dumps({"version": 1, "timeouts": {FINISHING: 7}}))
+    logging.getLogger("lightning.pytorch").propagate = True
+    with caplog.at_level(logging.INFO):
+        fit(tmp_path, max_steps=1)
+    assert "timeouts in force: rank_section_timeouts[finishing]=7" in caplog.text
+    assert "hang detection starts when timeouts have been calculated" in caplog.text
+
+
 # How a training ends: what a rank does in batch 25, whether timeouts are then calculated, and the launcher's exit code.
 ENDS = {
     "normal end": ("pass", True, 0),
@@ -530,6 +663,42 @@ def test_a_directory_that_cannot_be_written_is_one_clear_error(heard: Heard, tmp
 
 # ------------------------------------------------------------------------------------------------- two ranks
 
+SLOW_STEPS = """
+import runpy, sys, time, torch
+pause = float(sys.argv.pop(1))
+sys.argv.pop(0)
+step = torch.optim.AdamW.step
+
+def slow(*args, **options):
+    time.sleep(pause)
+    return step(*args, **options)
+
+torch.optim.AdamW.step = slow
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_plain_loop_whose_steps_have_become_longer_recovers(start: Callable[..., Started], tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(SLOW_STEPS)
+
+    def run(pause: float, steps: int) -> Started:
+        launcher = [sys.executable, ROOT / "ft_launcher.py", "--nproc-per-node=2", "--max-restarts=3"]
+        example = [ROOT / "examples" / "train_pytorch.py", f"--steps={steps}", "--save-every=20"]
+        options = ["--ft-min-timeout=1.5", "--ft-run-dir=runs", "slow.py", pause]
+        return start([*launcher, *options, *example], PYTHONPATH=str(ROOT))
+
+    first = run(0, 20)
+    assert first.wait() == 0, first.output
+    timeouts = json.loads((tmp_path / "checkpoints" / "ft_state.json").read_text())["timeouts"]
+    assert set(timeouts) == {HEARTBEAT, INITIAL, FIRST_BATCH, CHECKPOINTING, "rank_section_timeouts[setup]"}
+    limit = timeouts[FIRST_BATCH]
+    second = run(limit + 1, 22)
+    assert second.wait() == 0, second.output
+    assert "timeout widened: rank_section_timeouts[first_batch]" in second.output
+    assert "timeout widened: rank_heartbeat_timeout" in second.output
+    assert second.output.count("sending SIGKILL") <= 4, second.output  # two attempts of two ranks
+
+
 SCRIPT = """
 import os, sys, time
 from lightning.pytorch import Trainer
@@ -588,12 +757,12 @@ def test_runs_calibrate_themselves_and_a_timeout_that_fits_no_longer_does_not_ki
 
     # The next steps take longer than the calculated limit; it has ended ranks twice when it is widened.
     state = json.loads((tmp_path / "state" / "ft_state.json").read_text())
-    state["timeouts"].update({HEARTBEAT: 0.6, FIRST_BATCH: 100})
+    state["timeouts"].update({HEARTBEAT: 3, FIRST_BATCH: 100})
     (tmp_path / "state" / "ft_state.json").write_text(json.dumps(state))
-    third = run(0.1, 0.7, 63)
+    third = run(0.1, 2, 62)
     assert third.wait() == 0, third.output
-    assert third.output.count("timeout widened: rank_heartbeat_timeout of 0.6 s ended ranks twice") == 1, third.output
-    assert third.output.count("calculated limit 0.6 s); sending") <= 4  # two attempts of two ranks
-    assert stored(tmp_path)[HEARTBEAT] > 1.4
+    assert third.output.count("timeout widened: rank_heartbeat_timeout of 3 s ended ranks twice") == 1, third.output
+    assert third.output.count("calculated limit 3 s); sending") <= 4  # two attempts of two ranks
+    assert stored(tmp_path)[HEARTBEAT] > 4
     assert not list((tmp_path / "state").glob("killed_rank*"))
     wait_until(lambda: not list((tmp_path / "state").glob(".*")), 5, "no unfinished file")
