@@ -353,6 +353,7 @@ class FaultToleranceCallback(pl.Callback):
         self.exc_handling_policy = exc_handling_policy
         self.logger = logging.getLogger(logger_name or f"{pl.__name__}.FaultToleranceCallback")
         self._client = RankMonitorClient()
+        self._directory = Path()  # of the calculated timeouts
         self._fault: threading.Timer | None = None
         self._start_over()
 
@@ -675,7 +676,7 @@ class FaultToleranceCallback(pl.Callback):
                 "no timeout is set, so no hang would be noticed: give ft_launcher --ft-rank-heartbeat-timeout=SECONDS, "
                 "or FaultToleranceCallback calculate_timeouts=True"
             )
-        if client.config.watches_steps or HEARTBEAT in in_force:
+        if HEARTBEAT in in_force or "rank_out_of_section_timeout" in in_force:
             return
         if self.calculate_timeouts:
             self._say(trainer, "no timeout of steps yet: hang detection starts when timeouts have been calculated")
