@@ -524,7 +524,10 @@ def test_attempts_that_do_not_reach_what_the_heartbeat_timeout_came_from_do_not_
     assert 50 <= stored(tmp_path)[HEARTBEAT] < 60
 
 
-def test_timeouts_are_calculated_without_a_modelcheckpoint_too_after_an_epoch(heard: Heard, tmp_path: Path) -> None:
+@pytest.mark.parametrize("waits_for_a_save", [False, True])
+def test_timeouts_are_calculated_without_a_modelcheckpoint_too_after_an_epoch(
+    heard: Heard, tmp_path: Path, waits_for_a_save: bool
+) -> None:
     """A save that comes nevertheless has no limit yet, and the clock of heartbeats would go on in it."""
     seen: list[float | None] = []
 
@@ -541,10 +544,10 @@ def test_timeouts_are_calculated_without_a_modelcheckpoint_too_after_an_epoch(he
     callback = FaultToleranceCallback(autoresume=False, calculate_timeouts=True, exp_dir=tmp_path / "state")
     Trainer(
         accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
-        enable_checkpointing=False, max_steps=40, limit_train_batches=20, limit_val_batches=0,
-        callbacks=[callback, Save()],
+        enable_checkpointing=waits_for_a_save, max_steps=40, limit_train_batches=20, limit_val_batches=0,
+        callbacks=[callback, Save(), *[ModelCheckpoint(tmp_path, every_n_train_steps=1000)] * waits_for_a_save],
     ).fit(BoringModel())  # fmt: skip
-    assert seen == [1, None, 1]
+    assert seen == [None if waits_for_a_save else 1, None, 1]
 
 
 def test_while_training_finishes_and_after_saves_there_is_a_heartbeat_before_its_timeout_comes_into_force(
@@ -709,9 +712,11 @@ from ft_callback import FaultToleranceCallback
 pause, steps, fault = float(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
 
 class Model(BoringModel):
+    is_first = True  # a slow first batch would let the timeout of heartbeats rest
+
     def training_step(self, batch, batch_idx):
-        # The first batch is quick: a slow one would let the timeout of heartbeats rest.
-        time.sleep(pause * (1 + int(os.environ["RANK"])) if batch_idx else 0.01)
+        time.sleep(0 if self.is_first else pause * (1 + int(os.environ["RANK"])))
+        self.is_first = False
         if fault and os.environ["FT_ATTEMPT"] == "0" and os.environ["RANK"] == "1" and batch_idx == 5:
             os.kill(os.getpid(), 19)
         return super().training_step(batch, batch_idx)
