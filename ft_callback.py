@@ -8,9 +8,10 @@ Works with `lightning` and with `pytorch_lightning`, on any device, with one ran
 Hook                                     what it does
     setup                                sets broken checkpoints aside, loads timeouts, connects to the rank's monitor
     on_train_start                       heartbeat; warns of a start at step 0 although a checkpoint had been saved
-    on_train_batch_end                   heartbeat; removes superseded checkpoints; looks for FLAG.stop
-    on_train_end, on_validation_start,   heartbeat
-    on_validation_batch_end,
+    on_train_batch_end                   heartbeat; removes superseded checkpoints; looks for FLAG.stop; after the last
+                                         batch of the first epoch, until the first of the second, heartbeats rest
+    on_train_end, on_validation_start,   heartbeat; the heartbeat timeout rests in the first validation, and while
+    on_validation_batch_end,             training finishes
     on_validation_end
     on_load_checkpoint                   from now on the first heartbeat's time is that of a run that resumes
     Trainer.save_checkpoint (wrapped)    section "checkpointing"; calculates timeouts; notes progress
@@ -31,7 +32,7 @@ Files (FLAG is the value of FAULT_TOL_FINISHED_FLAG_FILE; written by global rank
                                    fit; training is not complete, and the next run goes on from there
     FLAG.progress                  the newest checkpoint: {"step", "epoch", "checkpoint", "time", "by"}
     FT_RUN_DIR/progress.json       the same
-    EXP_DIR/ft_state.json          calculated timeouts: {"version", "client", "validated", "killed", "time"}
+    EXP_DIR/ft_state.json          calculated timeouts: {"version", "timeouts", "included", "killed", "time"}
     EXP_DIR/killed_rank<N>.json    written by a monitor whose rank ran out of a calculated timeout
 """
 
@@ -65,7 +66,8 @@ import torch
 
 from ft_monitor import (
     CHECKPOINTING,
-    FaultToleranceConfig,
+    FIRST_BATCH,
+    HEARTBEAT,
     RankMonitorClient,
     WorkloadControlRequest,
     describe_error,
@@ -92,12 +94,12 @@ else:
 
 FAULT_SIGNALS = {"rank_killed": signal.SIGKILL, "rank_hung": signal.SIGSTOP}
 FLAG_VARIABLE = "FAULT_TOL_FINISHED_FLAG_FILE"
-FIRST_BATCH, FINISHING = "first_batch", "finishing"
+FINISHING = "finishing"
 UNFINISHED = ".ft_unfinished"  # ends the name of a checkpoint that is being written
 CLEAN_STOP_SECONDS = 60.0  # how long a rank that stops with SystemExit(0) waits for the others to do the same
 STOP_CHECK_SECONDS = 2.0  # between looks for FLAG.stop
 MIN_BATCHES = 16  # training batches before heartbeat timeouts are calculated
-HEARTBEAT = "rank_heartbeat_timeout"
+SAVE, VALIDATION, EPOCH_TURN = "save", "validation", "epoch turn"  # heartbeats around them differ from those of steps
 
 
 # ------------------------------------------------------------------------------------------------- checkpoints
@@ -316,52 +318,6 @@ class SimulatedFaultParams:
             raise ValueError(f"simulated_fault_params: got {value!r}: {error}") from None
 
 
-@dataclasses.dataclass
-class TimeoutState:
-    """What ft_state.json holds: calculated timeouts, and what is known about how good they are.
-
-    `client`: RankMonitorClient.state_dict(). `validated`: whether a validation epoch has been seen. `killed`: by
-    setting, the step at which a timeout ended a rank since it was last calculated (-1: no step known).
-    """
-
-    client: dict[str, Any] = dataclasses.field(default_factory=lambda: {"version": 1, "timeouts": {}})
-    validated: bool = False
-    killed: dict[str, int] = dataclasses.field(default_factory=dict)
-
-    VERSION = 1
-
-    @classmethod
-    def load(cls, path: Path) -> TimeoutState:
-        """Read the file. Raises FileNotFoundError without one, another OSError or a ValueError if it cannot be used."""
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict) or values.get("version") != cls.VERSION:
-            raise ValueError(f"expected an object of version {cls.VERSION}")
-        state = cls(values.get("client", {}), bool(values.get("validated")))
-        state.killed = {str(name): int(step) for name, step in values.get("killed", {}).items()}
-        RankMonitorClient().load_state_dict(state.client)
-        return state
-
-    def save(self, path: Path) -> None:
-        write_json(path, {"version": self.VERSION, **dataclasses.asdict(self), "time": timestamp()}, indent=2)
-
-    def judge(self, kills: Mapping[str, int], factor: float) -> list[str]:
-        """Widen each timeout that has ended ranks twice with no new step in between; return a line for each.
-
-        One that fits no longer, because the work has changed, would otherwise end every attempt for ever. One that is
-        right, and has met a hang that comes again at the same step, is only late afterwards, not gone.
-        """
-        lines = []
-        for setting, step in kills.items():
-            timeouts = self.client["timeouts"]
-            if setting in timeouts and step <= self.killed.get(setting, -2):
-                old, timeouts[setting] = timeouts[setting], timeouts[setting] * factor
-                lines.append(
-                    f"{setting} of {old:g} s ended ranks twice at step {step} and is now {timeouts[setting]:g} s"
-                )
-            self.killed[setting] = step
-        return lines
-
-
 class FaultToleranceCallback(pl.Callback):
     """Connects a Lightning training to its rank monitor. Argument names as NVIDIA's.
 
@@ -397,7 +353,7 @@ class FaultToleranceCallback(pl.Callback):
         self.exc_handling_policy = exc_handling_policy
         self.logger = logging.getLogger(logger_name or f"{pl.__name__}.FaultToleranceCallback")
         self._client = RankMonitorClient()
-        self._state = TimeoutState()
+        self._directory = Path()  # of the calculated timeouts
         self._fault: threading.Timer | None = None
         self._start_over()
 
@@ -410,7 +366,8 @@ class FaultToleranceCallback(pl.Callback):
         self._last_stop_check = (0, 0.0)  # batch and time of the last one
         self._early_stops: list[tuple[int, str | None]] = []  # that are part of the checkpoint
         self._loaded = False  # a checkpoint
-        self._saved = False  # a checkpoint
+        self._underway: set[str] = set()  # VALIDATION, EPOCH_TURN
+        self._submitted: dict[str, list[float]] = {}  # by path, when its asynchronous writes were asked for
         self._superseded: list[str] = []  # checkpoints that ModelCheckpoint has asked to remove
         self._fit_ended = False  # and not by an exception
 
@@ -445,8 +402,11 @@ class FaultToleranceCallback(pl.Callback):
         self._batches += 1
         self._heartbeat(trainer)
         self._remove_superseded(trainer)
+        self._end(trainer, EPOCH_TURN)
         if self._batches == MIN_BATCHES:
             self._update_timeouts(trainer)
+        if trainer.is_last_batch:
+            self._begin(EPOCH_TURN)
         # Not in the middle of accumulated gradients, which would be lost.
         if self._batches >= self._next_stop_check and trainer.global_step != self._step:
             self._stop_if_requested(trainer)
@@ -455,24 +415,21 @@ class FaultToleranceCallback(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._leave(FIRST_BATCH)  # of a training without any
         self._heartbeat(trainer)
+        self._underway.clear()  # no epoch follows
         self._update_timeouts(trainer)
         self._enter(FINISHING)
-        if section_setting(FINISHING) not in self._client.calculated:
-            self._rest_heartbeats()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._heartbeat(trainer)
-        if not trainer.sanity_checking and not self._state.validated:
-            self._rest_heartbeats()  # steps of validation may take longer than those of training
+        if not trainer.sanity_checking:
+            self._begin(VALIDATION)
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         self._heartbeat(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._heartbeat(trainer)
-        if not trainer.sanity_checking and not self._state.validated:
-            self._state.validated = True
-            self._update_timeouts(trainer)
+        self._end(trainer, VALIDATION)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._fit_ended = True
@@ -481,7 +438,11 @@ class FaultToleranceCallback(pl.Callback):
         """Called at the end of fit, when the last checkpoint is on disk: asynchronous writers were waited for."""
         if stage != "fit" or not self._client.is_initialized:
             return
+        trainer.strategy.barrier("FaultToleranceCallback.teardown")  # within the section: rank 0 may still write
         self._leave(FINISHING)
+        if self._in_training:
+            self._heartbeat(trainer)  # before timeouts come into force: finishing took longer than they are
+        self._underway.clear()
         self._update_timeouts(trainer)
         self._remove_superseded(trainer)
         self._unwatch_saves(trainer)
@@ -495,6 +456,7 @@ class FaultToleranceCallback(pl.Callback):
         # Lightning calls this instead of teardown, and also for what happens before setup and outside of fit.
         if type(exception) is SystemExit and not exception.code:  # a clean stop; SIGTERM raises a subclass
             self._client.sync_timeout = CLEAN_STOP_SECONDS
+            self._underway.clear()
             try:
                 self._update_timeouts(trainer)
                 atexit.register(destroy_gloo)
@@ -535,8 +497,11 @@ class FaultToleranceCallback(pl.Callback):
             self._client.send_heartbeat(trainer.global_step)
 
     def _enter(self, section: str) -> None:
-        if self._client.is_initialized:
-            self._client.start_section(section)
+        if not self._client.is_initialized:
+            return
+        if section_setting(section) not in self._client.timeouts_in_force():
+            self._rest_heartbeats(for_good=section == FINISHING)  # their clock goes on in a section without a timeout
+        self._client.start_section(section)
 
     def _leave(self, section: str) -> None:
         if self._client.is_initialized and section in self._client.open_sections:
@@ -572,6 +537,8 @@ class FaultToleranceCallback(pl.Callback):
             type(trainer).save_checkpoint(trainer, filepath, *args, **kwargs)
             return
         if is_asynchronous(trainer):  # takes no longer than a step; how long it goes on is seen by the writer
+            if trainer.is_global_zero:
+                self._submitted.setdefault(str(filepath), []).append(time.monotonic())
             type(trainer).save_checkpoint(trainer, filepath, *args, **kwargs)
         else:
             self._enter(CHECKPOINTING)
@@ -581,7 +548,7 @@ class FaultToleranceCallback(pl.Callback):
                 self._note_progress(trainer, trainer.global_step, trainer.current_epoch, filepath)
             finally:
                 self._leave(CHECKPOINTING)
-        self._saved = True
+        self._client.saw(SAVE)
         self._heartbeat(trainer)
         self._update_timeouts(trainer)
 
@@ -589,13 +556,14 @@ class FaultToleranceCallback(pl.Callback):
         self, trainer: pl.Trainer, writer: Any, checkpoint: dict[str, Any], path: Any, *args: Any, **kwargs: Any
     ) -> None:
         """In the place of CheckpointIO.save_checkpoint, on global rank 0 alone, and in a thread if asynchronous."""
-        start = time.monotonic()
+        submitted = self._submitted.get(str(path))
+        start = submitted.pop(0) if submitted else time.monotonic()
         if is_lightnings_own(writer):  # is made safe; whoever has chosen another keeps it
             AtomicCheckpointIO().save_checkpoint(checkpoint, path, *args, **kwargs)
         else:
             type(writer).save_checkpoint(writer, checkpoint, path, *args, **kwargs)
         if is_asynchronous(trainer):
-            # The end of training may have to wait for as long as this took, whether or not it does today.
+            # The end of training may have to wait for as long as this took, with what was written before it.
             self._client.observe(section_setting(FINISHING), time.monotonic() - start)
             self._note_progress(trainer, checkpoint.get("global_step", 0), checkpoint.get("epoch", 0), path)
 
@@ -673,21 +641,23 @@ class FaultToleranceCallback(pl.Callback):
         return (FIRST_BATCH, CHECKPOINTING, FINISHING) if self.calculate_timeouts else ()
 
     def _load_timeouts(self, trainer: pl.Trainer) -> None:
-        """Give all ranks the timeouts that earlier runs have calculated, as global rank 0 reads them."""
-        self._state_path = self._state_dir(trainer) / "ft_state.json"
-        state: TimeoutState | Exception = TimeoutState()
+        """Give all ranks the timeouts that earlier runs have calculated, as global rank 0 reads and judges them."""
+        self._directory = self._state_dir(trainer)
+        state: dict[str, Any] | Exception = {}
         if trainer.is_global_zero:
             try:
                 self._prepare_checkpoints(trainer)
-                state = self._read_state()
+                for line in self._client.read_state(self._directory):
+                    self.logger.warning("%s", line)
+                if self.calculate_timeouts:
+                    self._client.write_state(self._directory)
+                state = self._client.state_dict()
             except OSError as error:
                 state = RuntimeError(f"cannot prepare the directories of this training: {error}; see exp_dir, dirpath")
         state = trainer.strategy.broadcast(state)
         if isinstance(state, Exception):  # on all ranks, lest the others wait for this one
             raise state
-        self._state = state
-        self._client.load_state_dict(state.client)
-        self._client.note = str(self._state_path.with_name(f"killed_rank{trainer.global_rank}.json"))
+        self._client.load_state_dict(state, notes=self._directory)
 
     def _state_dir(self, trainer: pl.Trainer) -> Path:
         log_dir = trainer.log_dir  # a collective: for every rank, also where it is not needed
@@ -696,67 +666,72 @@ class FaultToleranceCallback(pl.Callback):
         path = Path(log_dir or trainer.default_root_dir).absolute()
         return (path.parent if re.fullmatch(r"version_\d+", path.name) else path) / "ft_state"
 
-    def _read_state(self) -> TimeoutState:
-        path = self._state_path
-        try:
-            state = TimeoutState.load(path)
-        except FileNotFoundError:
-            state = TimeoutState()
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            self.logger.warning("ignoring the stored timeouts in %s: %s; calculating anew", path, error)
-            state = TimeoutState()
-        if not self.calculate_timeouts:
-            return state
-        path.parent.mkdir(parents=True, exist_ok=True)
-        notes = sorted(path.parent.glob("killed_rank*.json"))
-        kills = read_kills(notes)
-        for line in state.judge(kills, FaultToleranceConfig.from_environment().safety_factor):
-            self.logger.warning("timeout widened: %s", line)
-        state.save(path)
-        for note in notes:
-            note.unlink()
-        return state
-
     def _check_timeouts(self, trainer: pl.Trainer) -> None:
         client = self._client
+        in_force = client.timeouts_in_force()
         if client.config.watches_steps or client.calculated:
-            timeouts = ", ".join(f"{name}={seconds:g}" for name, seconds in client.timeouts_in_force().items())
+            timeouts = ", ".join(f"{name}={seconds:g}" for name, seconds in in_force.items())
             self._say(trainer, "timeouts in force: %s", timeouts)
-        elif self.calculate_timeouts:
-            self._say(trainer, "no timeouts yet: hang detection starts when timeouts have been calculated")
-        else:
+        elif not self.calculate_timeouts:
             raise RuntimeError(
                 "no timeout is set, so no hang would be noticed: give ft_launcher --ft-rank-heartbeat-timeout=SECONDS, "
                 "or FaultToleranceCallback calculate_timeouts=True"
             )
+        if HEARTBEAT in in_force or "rank_out_of_section_timeout" in in_force:
+            return
+        if self.calculate_timeouts:
+            self._say(trainer, "no timeout of steps yet: hang detection starts when timeouts have been calculated")
+        else:
+            self._say(trainer, "no timeout of steps is set: give ft_launcher --ft-rank-heartbeat-timeout=SECONDS")
 
     def _update_timeouts(self, trainer: pl.Trainer) -> None:
         """Calculate what can be calculated. All ranks come here at the same places of the training."""
-        if not (self.calculate_timeouts and self._client.is_initialized):
+        client = self._client
+        if not (self.calculate_timeouts and client.is_initialized) or FINISHING in client.open_sections:
             return
-        changed = False
+        changed, is_first = False, not client.calculated
         for section in self._measured():
-            changed |= self._client.calculate_and_set_section_timeouts([section], False, skip_if_not_ready=True)
-        if self._saved and self._batches >= MIN_BATCHES:
-            changed |= self._client.calculate_and_set_hb_timeouts(True, calc_initial=self._loaded)
+            changed |= client.calculate_and_set_section_timeouts([section], False, skip_if_not_ready=True)
+        if self._knows_steps(trainer):
+            changed |= client.calculate_and_set_hb_timeouts(True, calc_initial=self._loaded)
         if changed and trainer.is_global_zero:
-            self._save_timeouts()
+            self._save_timeouts(is_first)
 
-    def _rest_heartbeats(self) -> None:
+    def _knows_steps(self, trainer: pl.Trainer) -> bool:
+        """Whether enough was seen for a timeout of heartbeats, and nothing is under way that was never seen."""
+        known = self._client.seen | self._client.included
+        saves = SAVE in known or (EPOCH_TURN in known and not trainer.checkpoint_callbacks)
+        return saves and self._batches >= MIN_BATCHES and self._underway <= self._client.included
+
+    def _begin(self, what: str) -> None:
+        """Something begins in which heartbeats may come slower than those of steps."""
+        self._underway.add(what)
+        if what not in self._client.included:
+            self._rest_heartbeats()
+
+    def _end(self, trainer: pl.Trainer, what: str) -> None:
+        if what not in self._underway:
+            return
+        self._underway.discard(what)
+        self._client.saw(what)
+        if what not in self._client.included:
+            self._update_timeouts(trainer)
+
+    def _rest_heartbeats(self, for_good: bool = False) -> None:
         """Until they are calculated again: nothing is known of the steps that come, or no steps come."""
-        if self._client.is_initialized and HEARTBEAT in self._client.calculated:
-            self._client.set_timeouts_aside(HEARTBEAT)
+        client = self._client
+        if (self.calculate_timeouts or for_good) and client.is_initialized and HEARTBEAT in client.calculated:
+            client.set_timeouts_aside(HEARTBEAT)
 
-    def _save_timeouts(self) -> None:
-        first = not self._state.client["timeouts"]
-        self._state.client = self._client.state_dict()
-        self._state.killed = {}  # with timeouts that are calculated anew
+    def _save_timeouts(self, is_first: bool) -> None:
         try:
-            self._state.save(self._state_path)
+            self._client.write_state(self._directory)
         except OSError as error:
-            self.logger.warning("cannot write %s: %s; the next run starts without it", self._state_path, error)
-        if first:
-            self.logger.info("timeouts calculated, kept in %s", self._state_path)
+            self.logger.warning(
+                "cannot keep timeouts in %s: %s; the next run starts without them", self._directory, error
+            )
+        if is_first:
+            self.logger.info("timeouts calculated, kept in %s", self._directory)
 
     def _say(self, trainer: pl.Trainer, text: str, *values: Any) -> None:
         if trainer.is_global_zero:
@@ -784,6 +759,7 @@ class FaultToleranceCallback(pl.Callback):
         if not answer[0]:
             return
         self._save_last_checkpoint(trainer)
+        self._enter(FINISHING)
         trainer.strategy.checkpoint_io.teardown()  # wait for asynchronous writers, as Lightning does after teardown
         if trainer.is_global_zero:
             request.unlink(missing_ok=True)
@@ -908,19 +884,6 @@ def after_writes(trainer: pl.Trainer, function: Callable[..., Any], *args: Any) 
 def is_a(thing: object, name: str) -> bool:
     """Whether something is of Lightning's class `name`, of whichever of its two packages."""
     return any(base.__name__ == name and "lightning" in base.__module__ for base in type(thing).__mro__)
-
-
-def read_kills(notes: Iterable[Path]) -> dict[str, int]:
-    """By setting, the highest step at which monitors noted that a calculated timeout ended their rank."""
-    kills: dict[str, int] = {}
-    for note in notes:
-        try:
-            verdict = json.loads(note.read_text(encoding="utf-8"))
-            setting, step = str(verdict["setting"]), verdict["step"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # it stands for one kill; the next is noted again
-        kills[setting] = max(kills.get(setting, -1), -1 if step is None else int(step))
-    return kills
 
 
 def schedule_fault(params: SimulatedFaultParams, trainer: pl.Trainer, logger: logging.Logger) -> threading.Timer | None:

@@ -36,7 +36,9 @@ Clocks, in seconds; "none" is never. The first that runs out decides.
     exit_timeout                    bye with an error            process end
 Heartbeat clocks rest while a section that has a timeout is open, and start anew when it is left.
 Timeouts can be calculated: the longest time on a clock that any rank has seen, times safety_factor, averaged with what
-earlier runs have calculated, and at least min_timeout.
+earlier runs have calculated, and at least min_timeout. Until a run has seen all that the heartbeat timeout of earlier
+runs came from, such as a validation, it makes that one longer only. A calculated timeout that has ended ranks twice at
+the same step is widened.
 
 How a rank is ended
     half of a clock passed               a warning and its stacks; nothing is ended
@@ -51,6 +53,10 @@ How a rank is ended
 Files in FT_RUN_DIR/attempt_<FT_ATTEMPT>
     rank<N>.json        the report: how the rank does, at most a second old, and how it ended
     rank<N>.stacks.txt  stacks of all its threads, each time they were asked for
+
+Files in a directory that belongs to the training, where it keeps its calculated timeouts
+    ft_state.json          {"version", "timeouts", "included", "killed", "time"}, of RankMonitorClient.write_state()
+    killed_rank<N>.json    verdict of a monitor whose rank ran out of a calculated timeout, until read_state()
 """
 
 from __future__ import annotations
@@ -104,6 +110,9 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 PASSED_ON_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
 PEER_FAILED = signal.SIGABRT
 CHECKPOINTING = "checkpointing"  # the section in which a checkpoint is saved
+FIRST_BATCH = "first_batch"  # the section of a run's first step, which tells how long its steps may take
+HEARTBEAT = "rank_heartbeat_timeout"
+STATE_FILE = "ft_state.json"
 STACKS_HEADER = "==="  # begins the line before each dump of stacks; its time, in seconds since the epoch, follows
 
 log = logging.getLogger("ft_monitor")
@@ -587,7 +596,8 @@ class RankMonitorClient:
     No method waits for the monitor: when it does not read, heartbeats are dropped and all else is kept for later.
 
     The client measures how long each clock runs, and can calculate timeouts from that. They replace the configured
-    ones at once. `state_dict` and `load_state_dict` carry them from one run to the next.
+    ones at once. `state_dict` and `load_state_dict` carry them from one run to the next, `read_state` and `write_state`
+    in a file, with what is known of timeouts that have ended ranks: see examples/train_pytorch.py.
     """
 
     STATE_VERSION = 1
@@ -596,8 +606,11 @@ class RankMonitorClient:
         self.is_initialized = False
         self.config = FaultToleranceConfig()  # as the launcher gave it, from init_workload_monitoring() on
         self.calculated: dict[str, float] = {}  # calculated timeouts, by setting, in seconds
+        self.included: set[str] = set()  # what else than steps the heartbeat timeout came from: see saw()
+        self.killed: dict[str, int] = {}  # by setting, the step at which it ended a rank, if no later one was seen
         self.note: str | None = None  # file in which the monitor notes that a calculated timeout ended this rank
         self.sync_timeout: float | None = None  # seconds that ranks wait for each other; None: as their group does
+        self.seen: set[str] = set()  # since the connection: see saw()
         self._set_aside: frozenset[str] = frozenset()  # calculated timeouts that are not in force
         self._earlier: dict[str, float] = {}  # what earlier runs have calculated
         self._longest: dict[str, float] = {}  # the longest time on each clock since the connection
@@ -627,7 +640,7 @@ class RankMonitorClient:
         os.set_blocking(int(descriptor), False)
         self._pipe = Connection(os.dup(int(descriptor)), readable=False)
         self._clocks = Clocks(self.config, time.monotonic(), frozenset([*self.config.rank_section_timeouts, *measure]))
-        self._longest = {}
+        self._longest, self.seen = {}, set()
         self.is_initialized = True
         self._report_uncaught_errors()
         self._send("init", rank=rank_number(), stacks=arm_stacks())
@@ -728,25 +741,86 @@ class RankMonitorClient:
         """Count a time that this client could not measure itself, such as one spent in another thread."""
         self._longest[setting] = max(seconds, self._longest.get(setting, 0.0))
 
+    def saw(self, what: str) -> None:
+        """Say that this run has been through something, such as "validation", whose heartbeats differ from steps'.
+
+        All ranks must say so at the same place. A run that has not seen yet what the heartbeat timeout of earlier runs
+        came from makes it longer only: the mean of both would be too short for it.
+        """
+        self.seen.add(what)
+
+    def judge(self, kills: Mapping[str, int]) -> list[str]:
+        """Widen each calculated timeout that has ended ranks twice at the same step; return a line for each.
+
+        `kills`: by setting, the step at which it ended ranks since the last judgement; -1 is no step known. A timeout
+        that fits no longer, because the work has changed, would otherwise end every attempt for ever. One that is
+        right, and has met a hang that comes again at the same step, is only late afterwards, not gone.
+        """
+        lines = []
+        for name, step in kills.items():
+            # Or at the step before: where all steps take too long, chance decides which is the first that does.
+            if name in self.calculated and 0 <= self.killed.get(name, -9) - step <= 1:
+                lines.append(self._widen(name, f"ended ranks twice at step {step}"))
+                if name == section_setting(FIRST_BATCH) and HEARTBEAT in self.calculated:
+                    lines.append(self._widen(HEARTBEAT, "is most likely as wrong"))
+            self.killed[name] = step
+        return lines
+
+    def _widen(self, name: str, why: str) -> str:
+        config = FaultToleranceConfig.from_environment()  # perhaps not connected yet
+        old = max(self.calculated[name], config.min_timeout)
+        self.calculated[name] = self._earlier[name] = round(old * max(config.safety_factor, 2), 3)
+        return f"timeout widened: {name} of {old:g} s {why} and is now {self.calculated[name]:g} s"
+
     def state_dict(self) -> dict[str, Any]:
         """What a later run can be given by load_state_dict(); the same on all ranks after a calculation."""
-        return {"version": self.STATE_VERSION, "timeouts": dict(self.calculated)}
+        state: dict[str, Any] = {"version": self.STATE_VERSION, "timeouts": dict(self.calculated)}
+        more = {"included": sorted(self.included), "killed": dict(self.killed)}
+        return state | {name: value for name, value in more.items() if value}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], notes: str | os.PathLike[str] | None = None) -> None:
         """Take over the timeouts of an earlier run, before or after init_workload_monitoring().
 
-        Raises ConfigError (a ValueError) for a state that is not one.
+        They are in force at once, for clocks that run already too: leave sections, and send a heartbeat, before. An
+        empty state, as of a checkpoint from before, changes nothing. `notes`: the directory of read_state(), in which
+        monitors are to note what ends ranks. Raises ConfigError (a ValueError) for a state that is not one.
         """
-        if not isinstance(state, Mapping) or state.get("version") != self.STATE_VERSION:
+        if notes is not None:
+            self.note = str(Path(notes).absolute() / f"killed_rank{rank_number()}.json")
+        if not isinstance(state, Mapping) or (state and state.get("version") != self.STATE_VERSION):
             raise ConfigError(f"got {str(state)[:100]}, expected a state of version {self.STATE_VERSION}")
-        timeouts = state.get("timeouts")
-        if not isinstance(timeouts, Mapping):
-            raise ConfigError(f"timeouts: got {timeouts!r}, expected seconds by setting")
-        FaultToleranceConfig().with_calculated(timeouts)
-        self.calculated = {str(name): parse_positive(seconds) for name, seconds in timeouts.items()}
-        self._earlier = dict(self.calculated)
+        if state:
+            self.calculated, self.included, self.killed = parse_state(state)
+            self._earlier = dict(self.calculated)
         if self.is_initialized:
             self._send_timeouts()
+
+    def read_state(self, directory: str | os.PathLike[str]) -> list[str]:
+        """Take over what write_state() left in a directory, and judge() what monitors have noted there since.
+
+        Returns lines that a person should see. For one rank, which gives its state_dict() to the others: each loads it
+        with load_state_dict(state, notes=directory). Raises OSError if a judgement cannot be written.
+        """
+        path, lines = Path(directory) / STATE_FILE, []
+        try:
+            self.load_state_dict(json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            pass  # this is the first run
+        except (OSError, ValueError, RecursionError) as error:
+            lines.append(f"ignoring the stored timeouts in {path}: {error}; calculating anew")
+        notes = sorted(Path(directory).glob("killed_rank*.json"))
+        lines += self.judge(read_kills(notes))
+        if notes:
+            self.write_state(directory)
+        for note in notes:
+            note.unlink()
+        return lines
+
+    def write_state(self, directory: str | os.PathLike[str]) -> None:
+        """Keep the state in a directory, which is created if missing. For one rank. Raises OSError."""
+        path = Path(directory) / STATE_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {**self.state_dict(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}, indent=2)
 
     def _report_uncaught_errors(self) -> None:
         """Let the monitor know of the exception that ends the process, unless monitoring is over by then."""
@@ -778,11 +852,17 @@ class RankMonitorClient:
             raise RankMonitorClientError(f"not enough data to calculate {', '.join(missing)}: no rank has seen it yet")
         timed = {*settings, *self._in_force()} | {section_setting(name) for name in self.config.rank_section_timeouts}
         in_steps = sum(longest[name] for name in untimed if name not in timed)
+        factor, floor = self.config.safety_factor, self.config.min_timeout
         for name in settings:
-            extra = in_steps if name == "rank_heartbeat_timeout" else 0.0
+            extra, fades = (in_steps, self.included <= self.seen) if name == HEARTBEAT else (0.0, True)
             self.calculated[name] = calculated_timeout(
-                longest[name] + extra, self.config.safety_factor, self.config.min_timeout, self._earlier.get(name)
+                longest[name] + extra, factor, floor, self._earlier.get(name), fades
             )
+        if HEARTBEAT in settings:
+            self.included |= self.seen
+        # A kill is forgotten with steps beyond it, not with those before it, which were made twice.
+        step = math.inf if self._clocks.step is None else self._clocks.step
+        self.killed = {name: at for name, at in self.killed.items() if at >= step}
         self._set_aside = self._set_aside.difference(settings)
         self._send_timeouts()
         return True
@@ -792,7 +872,14 @@ class RankMonitorClient:
         return {name: max(value, floor) for name, value in self.calculated.items() if name not in self._set_aside}
 
     def _send_timeouts(self) -> None:
-        self._send("timeouts", calculated=self._in_force(), note=self.note)
+        fields = {"calculated": self._in_force(), "note": self.note}
+        size = len(encode_message("timeouts", **fields))
+        if size > MAX_MESSAGE_BYTES:  # which the monitor would skip
+            raise RankMonitorClientError(
+                f"timeouts of {len(self._clocks.measured)} sections take {size:,} bytes, at most {MAX_MESSAGE_BYTES:,} "
+                "fit into a message: measure fewer sections, or give them shorter names"
+            )
+        self._send("timeouts", **fields)
 
     # -- the pipe
 
@@ -820,7 +907,12 @@ class RankMonitorClient:
             self._unsent.clear()  # the monitor is gone, and the kernel ends this process with it
 
     def _count(self, lap: Lap) -> None:
+        if lap.limit is not None and lap.seconds > lap.limit + SUSPENDED_SECONDS:
+            return  # only a rank that was suspended together with its monitor outlives a limit
         self.observe(lap.setting, lap.seconds)
+        limit = self._in_force().get(HEARTBEAT, math.inf)
+        if lap.setting == section_setting(FIRST_BATCH) and FIRST_BATCH in self._clocks.measured and lap.seconds > limit:
+            self.set_timeouts_aside(HEARTBEAT)  # the next steps may take as long: see first how long they do
         if lap.setting in self._clocks.calculated and lap.limit is not None and lap.seconds > lap.limit / 2:
             # It nearly ran out: the work has changed since it was calculated. Waiting for the next calculation,
             # or for the other ranks, could be too late.
@@ -828,10 +920,44 @@ class RankMonitorClient:
             self._send_timeouts()
 
 
-def calculated_timeout(longest: float, factor: float, floor: float, earlier: float | None) -> float:
-    """A timeout from the longest time seen, in seconds; the mean with an earlier one, so that outliers fade."""
-    timeout = longest * factor if earlier is None else (longest * factor + earlier) / 2
-    return round(max(timeout, floor), 3)
+def calculated_timeout(longest: float, factor: float, floor: float, earlier: float | None, fades: bool = True) -> float:
+    """A timeout from the longest time seen, in seconds; the mean with an earlier one, so that outliers fade.
+
+    Unless it `fades`, it is not shorter than the earlier one.
+    """
+    timeout = longest * factor
+    if earlier is not None:
+        timeout = (timeout + earlier) / 2 if fades else max(timeout, earlier)
+    return round(max(timeout, floor, longest), 3)
+
+
+def parse_state(state: Mapping[str, Any]) -> tuple[dict[str, float], set[str], dict[str, int]]:
+    """The calculated timeouts in a client's state, what they came from, and the steps at which they ended ranks."""
+    timeouts = state.get("timeouts")
+    if not isinstance(timeouts, Mapping):
+        raise ConfigError(f"timeouts: got {timeouts!r}, expected seconds by setting")
+    FaultToleranceConfig().with_calculated(timeouts)
+    included, killed = state.get("included", []), state.get("killed", {})
+    if not isinstance(included, list) or not isinstance(killed, Mapping):
+        raise ConfigError(f"included, killed: got {included!r}, {killed!r}, expected a list, and steps by setting")
+    if not all(isinstance(step, int) for step in killed.values()):
+        raise ConfigError(f"killed: got {killed!r}, expected steps by setting")
+    calculated = {str(name): parse_positive(seconds) for name, seconds in timeouts.items()}
+    return calculated, set(map(str, included)), dict(killed)
+
+
+def read_kills(notes: Sequence[Path]) -> dict[str, int]:
+    """By setting, the highest step at which monitors noted that a calculated timeout ended their rank."""
+    kills: dict[str, int] = {}
+    for note in notes:
+        try:
+            verdict = json.loads(note.read_text(encoding="utf-8"))
+            setting, step = str(verdict["setting"]), verdict["step"]
+            step = -1 if step is None else int(step)
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            continue  # it stands for one kill; the next is noted again
+        kills[setting] = max(kills.get(setting, -1), step)
+    return kills
 
 
 def maximum_of_ranks(values: Sequence[float], within: float | None = None) -> list[float]:

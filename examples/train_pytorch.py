@@ -6,8 +6,9 @@
 What makes it so is marked with numbers:
   1. the client connects to this rank's monitor before anything that can hang;
   2. heartbeats, with the step; what is slow for good reasons is a section, with a time limit of its own;
-  3. checkpoints are written beside their target and renamed; they hold the client's state, too;
-  4. timeouts are calculated from what all ranks have seen, and replace the configured ones at once;
+  3. checkpoints are written beside their target and renamed;
+  4. timeouts are calculated from what all ranks have seen, and replace the configured ones at once; they are kept for
+     the next start, which widens those that have ended ranks too early;
   5. the finished flag, by which autoresume.sh knows that training is complete, and its progress until then.
 """
 
@@ -66,6 +67,17 @@ def save(path: Path, state: dict[str, Any]) -> None:
     os.replace(beside, path)  # 3
 
 
+def load_timeouts(client: RankMonitorClient, directory: Path) -> None:
+    """Give all ranks the timeouts that earlier runs have calculated, as rank 0 reads and judges them."""
+    states: list[Any] = [None]
+    if dist.get_rank() == 0:
+        for line in client.read_state(directory):
+            print(line, flush=True)
+        states = [client.state_dict()]
+    dist.broadcast_object_list(states)
+    client.load_state_dict(states[0], notes=directory)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train a small language model on the text of Python's manual.")
     parser.add_argument("--steps", type=int, default=200)
@@ -77,7 +89,7 @@ def main() -> None:
 
     flag = os.environ.get("FAULT_TOL_FINISHED_FLAG_FILE")
     client = RankMonitorClient()
-    client.init_workload_monitoring(measure=["setup", "checkpointing"])  # 1
+    client.init_workload_monitoring(measure=["setup", "first_batch", "checkpointing"])  # 1
     client.start_section("setup")  # 2
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
@@ -94,9 +106,11 @@ def main() -> None:
         state = torch.load(checkpoint, map_location=device, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        client.load_state_dict(state["client"])  # 3
         start = state["step"]
     client.end_section("setup")
+    client.send_heartbeat(start)  # before limits come into force: setup may have taken longer than they are
+    load_timeouts(client, args.dir)  # 4
+    client.start_section("first_batch")  # 2
 
     for step in range(start, args.steps):
         if args.fault and first_start and step == args.fault_step and dist.get_rank() == dist.get_world_size() - 1:
@@ -107,13 +121,15 @@ def main() -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        if step == start:
+            client.end_section("first_batch")
         client.send_heartbeat(step + 1)  # 2
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             client.start_section("checkpointing")  # 2
             if dist.get_rank() == 0:
                 args.dir.mkdir(parents=True, exist_ok=True)
                 state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-                save(checkpoint, {**state, "client": client.state_dict()})  # timeouts as of the save before
+                save(checkpoint, state)
                 client.report_saved(step + 1)
                 if flag:
                     write_json(Path(f"{flag}.progress"), {"step": step + 1})  # 5
@@ -124,6 +140,8 @@ def main() -> None:
             if step - start >= MIN_STEPS:
                 client.calculate_and_set_section_timeouts(calc_out_of_section=False, skip_if_not_ready=True)  # 4
                 client.calculate_and_set_hb_timeouts(skip_if_not_ready=True)
+                if dist.get_rank() == 0:
+                    client.write_state(args.dir)
 
     if flag and dist.get_rank() == 0:
         write_json(Path(flag), {"reason": f"{args.steps} steps done", "step": args.steps}, durable=True)  # 5

@@ -134,7 +134,7 @@ def test_a_training_sends_heartbeats_with_its_global_step_between_init_and_bye(m
     messages = monitor()
     assert messages[0]["type"] == "init" and messages[0]["rank"] == 0
     assert messages[-1] == {"type": "bye", "error": None}
-    sanity, start, end = [0, 0, 0], [0], [6]  # validation: start, each batch, end
+    sanity, start, end = [0, 0, 0], [0], [6, 6]  # validation: start, each batch, end; training: end, teardown
     first, second = [1, 2, 3, 3, 3, 3, 3], [4, 5, 6, 6, 6, 6, 6]  # three training batches, validation of two
     steps = [message["step"] for message in messages if message["type"] == "heartbeat"]
     assert steps == sanity + start + first + second + end
@@ -786,21 +786,85 @@ def test_the_table_of_files_names_the_finished_flag_and_its_progress() -> None:
 def test_asynchronous_saves_do_not_lead_to_a_timeout_that_is_too_short(
     monitor: Heard, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Saving returns at once; how long a write takes counts for the end of training, which waits for the last one."""
+    """Saving returns at once; how long a write takes, with those that it waits for, counts for the end of training.
+
+    So it does where, as here, nothing is left to write at the end: next time something may be.
+    """
+    written: list[str] = []
 
     class Slow(TorchCheckpointIO):
-        def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
             time.sleep(0.4)
-            super().save_checkpoint(*args, **kwargs)
+            super().save_checkpoint(checkpoint, path, storage_options)
+            written.append(Path(path).name)
+
+    def act(batch_idx: int) -> None:
+        if batch_idx == 5:
+            for name in ("a", "b", "c"):
+                trainer.save_checkpoint(tmp_path / name)
+        if batch_idx == 18:
+            wait_until(lambda: len(written) == 3, 20)
 
     monkeypatch.setenv("FT_CONFIG", '{"min_timeout": 0.1}')
     callback = FaultToleranceCallback(autoresume=False, calculate_timeouts=True, exp_dir=tmp_path / "state")
-    keep = ModelCheckpoint(tmp_path / "checkpoints", save_last=True, save_on_train_epoch_end=True)
     trainer = make_trainer(
-        tmp_path, callback, keep, plugins=[AsyncCheckpointIO(Slow())], max_epochs=2, limit_train_batches=20
+        tmp_path, callback, plugins=[AsyncCheckpointIO(Slow())], max_epochs=1, limit_train_batches=20
     )
-    trainer.fit(Model())
-    timeouts = json.loads((tmp_path / "state" / "ft_state.json").read_text())["client"]["timeouts"]
+    trainer.fit(Model(act))
+    timeouts = json.loads((tmp_path / "state" / "ft_state.json").read_text())["timeouts"]
     assert "rank_section_timeouts[checkpointing]" not in timeouts
-    assert timeouts["rank_section_timeouts[finishing]"] >= 5 * 0.4
-    assert timeouts["rank_heartbeat_timeout"] < 5 * 0.4
+    assert timeouts["rank_section_timeouts[finishing]"] >= 5 * 3 * 0.4
+
+
+WRITES_SLOWLY = """
+import os, sys, time
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
+from torch.utils.data import DataLoader
+from ft_callback import FaultToleranceCallback
+
+class Slow(TorchCheckpointIO):
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        time.sleep(3.5 if checkpoint["global_step"] > 20 else 1.2)
+        super().save_checkpoint(checkpoint, path, storage_options)
+
+class Model(BoringModel):
+    def training_step(self, batch, batch_idx):
+        time.sleep(0.05)
+        if batch_idx == 20:
+            self.trainer.save_checkpoint("checkpoints/20.ckpt")
+        if batch_idx == 80 and sys.argv[1] == "stop" and os.environ["RANK"] == "0":
+            open(os.environ["FAULT_TOL_FINISHED_FLAG_FILE"] + ".stop", "w").close()
+        return super().training_step(batch, batch_idx)
+
+    def train_dataloader(self):
+        return DataLoader(RandomDataset(32, 10_000))
+
+Trainer(
+    accelerator="cpu", devices=2, logger=False, enable_progress_bar=False, enable_model_summary=False,
+    max_steps=100 if sys.argv[1] == "end" else 5000, limit_val_batches=0, plugins=[AsyncCheckpointIO(Slow())],
+    callbacks=[
+        FaultToleranceCallback(autoresume=True, calculate_timeouts=True, exp_dir="state"),
+        ModelCheckpoint("checkpoints", every_n_train_steps=100 if sys.argv[1] == "end" else 5000),
+    ],
+).fit(Model())
+"""
+
+
+@pytest.mark.parametrize("how", ["end", "stop"])
+def test_ranks_that_do_not_write_wait_at_the_end_for_the_one_that_does(
+    start: Callable[..., Started], tmp_path: Path, how: str
+) -> None:
+    """With the clock of finishing, not of heartbeats, which the last write outlasts."""
+    (tmp_path / "train.py").write_text(WRITES_SLOWLY)
+    job = start(
+        [sys.executable, ROOT / "ft_launcher.py", "--nproc-per-node=2", "--ft-run-dir=runs", "--ft-min-timeout=2.5",
+         "train.py", how],
+        FAULT_TOL_FINISHED_FLAG_FILE=str(tmp_path / "flag"),
+    )  # fmt: skip
+    assert job.wait() == 0, job.output
+    assert "hung" not in job.output, job.output
+    timeouts = json.loads((tmp_path / "state" / "ft_state.json").read_text())["timeouts"]
+    assert timeouts["rank_section_timeouts[finishing]"] >= 5 * 3.5

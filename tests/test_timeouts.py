@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import logging
+import math
 import os
 import re
 import signal
@@ -23,7 +24,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 import ft_monitor
-from ft_callback import FaultToleranceCallback, TimeoutState, read_kills
+from ft_callback import FaultToleranceCallback
 from ft_monitor import (
     Clocks,
     ConfigError,
@@ -31,12 +32,16 @@ from ft_monitor import (
     RankMonitorClient,
     RankMonitorClientError,
     maximum_of_ranks,
+    read_kills,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's hints for small trainings
 
 HEARTBEAT = "rank_heartbeat_timeout"
 INITIAL = "initial_rank_heartbeat_timeout"
+FIRST_BATCH = "rank_section_timeouts[first_batch]"
+CHECKPOINTING = "rank_section_timeouts[checkpointing]"
+FINISHING = "rank_section_timeouts[finishing]"
 Heard = Callable[[], list[dict[str, Any]]]
 
 
@@ -94,6 +99,12 @@ def test_a_timeout_is_the_longest_time_times_the_factor_merged_with_the_earlier_
     longest: float, floor: float, earlier: float | None, timeout: float
 ) -> None:
     assert ft_monitor.calculated_timeout(longest, 5, floor, earlier) == timeout
+
+
+def test_a_timeout_is_not_shorter_than_what_was_just_seen_nor_if_it_may_not_fade_than_the_earlier_one() -> None:
+    assert ft_monitor.calculated_timeout(30, 1.5, 1, 10) == 30
+    assert ft_monitor.calculated_timeout(4, 5, 1, 100, fades=False) == 100
+    assert ft_monitor.calculated_timeout(40, 5, 1, 100, fades=False) == 200
 
 
 def test_clocks_tell_how_long_each_ran_and_sections_rest_the_heartbeat() -> None:
@@ -179,16 +190,78 @@ def test_the_state_goes_from_one_run_to_the_next_and_outliers_fade(heard: Heard,
 @pytest.mark.parametrize(
     "state",
     [
-        {},
+        [],
         {"version": 0, "timeouts": {}},
         {"version": 1},
         {"version": 1, "timeouts": {"x": 1}},
         {"version": 1, "timeouts": {HEARTBEAT: -1}},
+        {"version": 1, "timeouts": {}, "killed": {HEARTBEAT: math.inf}},
+        {"version": 1, "timeouts": {}, "killed": 5},
+        {"version": 1, "timeouts": {}, "included": 5},
     ],
 )
-def test_a_state_that_is_none_is_refused(state: dict[str, Any]) -> None:
+def test_a_state_that_is_none_is_refused(state: Any) -> None:
     with pytest.raises(ConfigError):
         RankMonitorClient().load_state_dict(state)
+
+
+def test_an_empty_state_as_of_a_checkpoint_from_before_changes_nothing() -> None:
+    client = RankMonitorClient()
+    client.load_state_dict({"version": 1, "timeouts": {HEARTBEAT: 7}})
+    client.load_state_dict({})
+    assert client.calculated == {HEARTBEAT: 7}
+
+
+def test_until_a_run_has_seen_what_earlier_values_came_from_the_heartbeat_timeout_only_grows(
+    heard: Heard, clock: Time
+) -> None:
+    """Else it would halve with each attempt that crashes before its first validation, until that one seems hung."""
+    state: dict[str, Any] = {"version": 1, "timeouts": {HEARTBEAT: 100}, "included": ["validation"]}
+    for _ in range(3):  # attempts
+        client = RankMonitorClient()
+        client.load_state_dict(state)
+        client.init_workload_monitoring()
+        beat(client, clock, 2, 4)
+        client.calculate_and_set_hb_timeouts(calc_initial=False)
+        state = client.state_dict()
+        assert state["timeouts"] == {HEARTBEAT: 100} and state["included"] == ["validation"]
+    client.saw("validation")
+    client.calculate_and_set_hb_timeouts(calc_initial=False)
+    assert client.calculated[HEARTBEAT] == (20 + 100) / 2
+
+
+def test_a_time_that_was_suspended_is_not_work(heard: Heard, clock: Time) -> None:
+    """Nothing else outlives a limit: the monitor, suspended too, starts its clocks anew, but the client's go on."""
+    client = RankMonitorClient()
+    client.load_state_dict({"version": 1, "timeouts": {HEARTBEAT: 10}})
+    client.init_workload_monitoring()
+    beat(client, clock, 1, 2, 3600)
+    assert client.hb_timeouts.subsequent == 10
+    client.calculate_and_set_hb_timeouts(calc_initial=False)
+    assert client.hb_timeouts.subsequent == (2 * 5 + 10) / 2
+
+
+def test_heartbeat_timeouts_rest_after_a_first_batch_that_took_longer_than_they_are(heard: Heard, clock: Time) -> None:
+    for seconds, rests in ((9, False), (11, True)):
+        client = RankMonitorClient()
+        client.load_state_dict({"version": 1, "timeouts": {HEARTBEAT: 10, "rank_section_timeouts[first_batch]": 100}})
+        client.init_workload_monitoring(measure=["first_batch"])
+        client.start_section("first_batch")
+        clock.now += seconds
+        client.end_section("first_batch")
+        assert (HEARTBEAT not in heard()[-1].get("calculated", {HEARTBEAT: 10})) is rests
+        client.shutdown_workload_monitoring()
+
+
+def test_more_sections_than_fit_into_a_message_are_one_clear_error(heard: Heard, clock: Time) -> None:
+    client = RankMonitorClient()
+    client.init_workload_monitoring(measure=[f"pipeline_stage_{number:03}" for number in range(90)])
+    for name in sorted(client._clocks.measured):
+        client.start_section(name)
+        clock.now += 1
+        client.end_section(name)
+    with pytest.raises(RankMonitorClientError, match=r"timeouts of 90 sections take 4,\d+ bytes, at most 4,096"):
+        client.calculate_and_set_section_timeouts(calc_out_of_section=False)
 
 
 def test_a_calculated_timeout_that_nearly_ran_out_is_widened_at_once(heard: Heard, clock: Time) -> None:
@@ -212,32 +285,93 @@ def test_the_floor_holds_for_stored_timeouts_too(heard: Heard, monkeypatch: pyte
 # ------------------------------------------------------------------------------------------------- the state file
 
 
-def test_a_timeout_that_ended_ranks_twice_with_no_new_step_is_widened() -> None:
-    state = TimeoutState(client={"version": 1, "timeouts": {HEARTBEAT: 2.0}})
-    assert state.judge({HEARTBEAT: 7}, 5) == []
-    assert state.judge({HEARTBEAT: 9}, 5) == []  # with steps in between
-    (line,) = state.judge({HEARTBEAT: 9}, 5)
+def loaded(timeouts: dict[str, float], killed: dict[str, int] | None = None) -> RankMonitorClient:
+    client = RankMonitorClient()
+    client.load_state_dict({"version": 1, "timeouts": timeouts, "killed": killed or {}})
+    return client
+
+
+def test_a_timeout_that_ended_ranks_twice_with_no_new_step_is_widened(heard: Heard) -> None:
+    client = loaded({HEARTBEAT: 2.0})
+    assert client.judge({HEARTBEAT: 7}) == []
+    assert client.judge({HEARTBEAT: 9}) == []  # with steps in between
+    (line,) = client.judge({HEARTBEAT: 9})
     assert "rank_heartbeat_timeout of 2 s ended ranks twice at step 9 and is now 10 s" in line
-    assert state.client["timeouts"] == {HEARTBEAT: 10.0}
+    assert client.calculated == {HEARTBEAT: 10.0}
+
+
+@pytest.mark.parametrize(("first", "second", "widens"), [(41, 40, True), (1000, 950, False), (-1, -1, True)])
+def test_steps_that_were_made_between_two_kills_speak_for_the_timeout(
+    heard: Heard, first: int, second: int, widens: bool
+) -> None:
+    client = loaded({HEARTBEAT: 3}, {HEARTBEAT: first})
+    assert bool(client.judge({HEARTBEAT: second})) is widens
+
+
+def test_a_timeout_is_widened_from_what_was_in_force_and_at_least_doubled(
+    heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FT_CONFIG", '{"min_timeout": 10, "safety_factor": 1}')
+    client = loaded({HEARTBEAT: 1}, {HEARTBEAT: 9})
+    client.judge({HEARTBEAT: 9})
+    assert client.calculated == {HEARTBEAT: 20}
+
+
+def test_what_made_the_first_batch_slower_most_likely_does_so_with_the_next_ones(heard: Heard) -> None:
+    """Else a change of work would cost two kills more than the usual three restarts allow."""
+    client = loaded({HEARTBEAT: 3, FIRST_BATCH: 4}, {FIRST_BATCH: 60})
+    assert len(client.judge({FIRST_BATCH: 60})) == 2
+    assert client.calculated == {HEARTBEAT: 15, FIRST_BATCH: 20}
+
+
+def test_a_kill_is_forgotten_with_later_steps_but_not_with_those_that_lead_to_it_again(
+    heard: Heard, clock: Time
+) -> None:
+    """A save that takes longer than its limit, more than 16 batches after the start, would else be ended for ever."""
+    client = loaded({HEARTBEAT: 3}, {CHECKPOINTING: 60})
+    client.init_workload_monitoring()
+    for step, killed in ((58, {CHECKPOINTING: 60}), (60, {CHECKPOINTING: 60}), (61, {})):
+        for _ in range(2):
+            clock.now += 1
+            client.send_heartbeat(step)
+        client.calculate_and_set_hb_timeouts(calc_initial=False)
+        assert client.killed == killed
+        assert client.state_dict().get("killed", {}) == killed
 
 
 def test_notes_of_kills_are_read_and_the_highest_step_counts(tmp_path: Path) -> None:
-    for rank, text in enumerate(
-        ['{"setting": "a", "step": 4}', '{"setting": "a", "step": 9}', "{", '{"setting": "b", "step": null}']
-    ):
+    texts = [
+        '{"setting": "a", "step": 4}', '{"setting": "a", "step": 9}', "{", '{"setting": "b", "step": null}',
+        '{"setting": "c", "step": "x"}', '{"setting": "c", "step": Infinity}', "[1]", "[" * 100_000,
+    ]  # fmt: skip
+    for rank, text in enumerate(texts):
         (tmp_path / f"killed_rank{rank}.json").write_text(text)
     assert read_kills(sorted(tmp_path.iterdir())) == {"a": 9, "b": -1}
 
 
+@pytest.mark.parametrize("calculate", [True, False])
+def test_what_ended_ranks_twice_is_widened_also_by_a_callback_that_calculates_nothing(
+    heard: Heard, tmp_path: Path, calculate: bool
+) -> None:
+    state = {"version": 1, "timeouts": {HEARTBEAT: 30.0}, "killed": {HEARTBEAT: 7}}
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "ft_state.json").write_text(json.dumps(state))
+    (tmp_path / "state" / "killed_rank0.json").write_text(json.dumps({"setting": HEARTBEAT, "step": 7}))
+    fit(tmp_path, calculate=calculate, max_steps=1)
+    assert stored(tmp_path)[HEARTBEAT] == 150
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["ft_state.json"]
+
+
 BROKEN = [
     "", "{", "[]", "null", '{"version": 0}', '{"version": 1, "client": 5}', '{"a": "foreign"}', "\ud800",
-    '{"version": 1, "client": {"version": 1, "timeouts": {"rank_heartbeat_timeout": "x"}}}',
+    '{"version": 1, "timeouts": {"rank_heartbeat_timeout": "x"}}', "[" * 100_000,
+    '{"version": 1, "timeouts": {}, "killed": {"x": Infinity}}',
 ]  # fmt: skip
 
 
-def fit(directory: Path, *callbacks: Callback, **options: Any) -> Trainer:
+def fit(directory: Path, *callbacks: Callback, calculate: bool = True, **options: Any) -> Trainer:
     keep = ModelCheckpoint(directory / "checkpoints", save_last=True, every_n_train_steps=10)
-    callback = FaultToleranceCallback(autoresume=False, calculate_timeouts=True, exp_dir=directory / "state")
+    callback = FaultToleranceCallback(autoresume=False, calculate_timeouts=calculate, exp_dir=directory / "state")
     trainer = Trainer(
         accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
         default_root_dir=directory, callbacks=[callback, keep, *callbacks],
@@ -249,7 +383,7 @@ def fit(directory: Path, *callbacks: Callback, **options: Any) -> Trainer:
 
 def stored(directory: Path) -> dict[str, float]:
     path = directory / "state" / "ft_state.json"
-    return dict(json.loads(path.read_text())["client"]["timeouts"])
+    return dict(json.loads(path.read_text())["timeouts"])
 
 
 @pytest.mark.parametrize("text", BROKEN)
@@ -314,6 +448,142 @@ def test_heartbeat_timeouts_rest_in_the_first_validation_whose_steps_are_not_kno
     first_set, set_aside = in_force.index(True), in_force.index(False, in_force.index(True))
     assert set_aside > first_set and True in in_force[set_aside:]
     assert stored(tmp_path)[HEARTBEAT] >= 1.5
+
+
+def in_force(trainer: Trainer) -> float | None:
+    """The timeout of heartbeats that is in force."""
+    (callback,) = [callback for callback in trainer.callbacks if isinstance(callback, FaultToleranceCallback)]  # type: ignore[attr-defined]
+    return callback._client.hb_timeouts.subsequent
+
+
+def state_of(directory: Path) -> dict[str, Any]:
+    return dict(json.loads((directory / "state" / "ft_state.json").read_text()))
+
+
+def test_heartbeat_timeouts_rest_in_validation_until_one_was_seen_and_included(heard: Heard, tmp_path: Path) -> None:
+    seen: list[float | None] = []
+
+    class Look(Callback):
+        def on_validation_batch_start(self, trainer: Trainer, *args: Any) -> None:
+            seen.append(in_force(trainer))
+
+        def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+            if trainer.global_step == 25:
+                seen.append(in_force(trainer))
+
+    options: dict[str, Any] = {
+        "limit_val_batches": 1,
+        "val_check_interval": 20,
+        "num_sanity_val_steps": 0,
+        "limit_train_batches": 50,
+    }
+    fit(tmp_path, Look(), **options, max_steps=45)
+    assert seen == [None, 1, 1]  # first validation, training, second validation
+    assert state_of(tmp_path)["included"] == ["save", "validation"]
+
+
+def test_a_validation_that_no_heartbeat_timeout_includes_rests_it_in_the_next_run_too(
+    heard: Heard, tmp_path: Path
+) -> None:
+    fit(tmp_path, limit_val_batches=1, val_check_interval=5, num_sanity_val_steps=0, max_steps=9)
+    assert "included" not in state_of(tmp_path)  # without a save
+
+
+def test_heartbeat_timeouts_rest_in_the_first_turn_of_an_epoch_and_then_include_it(
+    heard: Heard, tmp_path: Path
+) -> None:
+    """DataLoader workers start there, and callbacks do what they do at the end of an epoch."""
+    seen: list[float | None] = []
+
+    class Slow(Callback):
+        def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+            if trainer.global_step in (20, 45):
+                seen.append(in_force(trainer))
+
+        def on_train_epoch_end(self, trainer: Trainer, *args: Any) -> None:
+            seen.append(in_force(trainer))
+            time.sleep(0.3 if trainer.current_epoch == 0 else 0)
+
+    fit(tmp_path, Slow(), limit_train_batches=30, max_steps=65, max_epochs=9)
+    training, first_turn, training_again, second_turn = seen[:4]
+    assert (training, first_turn) == (1, None)
+    assert training_again is not None and training_again >= 1.5 and second_turn == training_again
+    assert state_of(tmp_path)["included"] == ["epoch turn", "save"]
+
+
+def test_attempts_that_do_not_reach_what_the_heartbeat_timeout_came_from_do_not_shorten_it(
+    heard: Heard, tmp_path: Path
+) -> None:
+    (tmp_path / "state").mkdir()
+    state = {"version": 1, "timeouts": {HEARTBEAT: 100}, "included": ["epoch turn", "save", "validation"]}
+    (tmp_path / "state" / "ft_state.json").write_text(json.dumps(state))
+    options: dict[str, Any] = {"limit_val_batches": 1, "num_sanity_val_steps": 0, "max_epochs": 9}
+    fit(tmp_path, **options, max_steps=29)
+    assert stored(tmp_path)[HEARTBEAT] == 100
+    fit(tmp_path, **options, max_steps=75)
+    assert 50 <= stored(tmp_path)[HEARTBEAT] < 60
+
+
+@pytest.mark.parametrize("waits_for_a_save", [False, True])
+def test_timeouts_are_calculated_without_a_modelcheckpoint_too_after_an_epoch(
+    heard: Heard, tmp_path: Path, waits_for_a_save: bool
+) -> None:
+    """A save that comes nevertheless has no limit yet, and the clock of heartbeats would go on in it."""
+    seen: list[float | None] = []
+
+    class Save(Callback):
+        def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+            if trainer.global_step == 35:
+                seen.append(in_force(trainer))
+                trainer.save_checkpoint(tmp_path / "by_hand.ckpt")
+                seen.append(in_force(trainer))
+
+        def on_save_checkpoint(self, trainer: Trainer, *args: Any) -> None:
+            seen.append(in_force(trainer))
+
+    callback = FaultToleranceCallback(autoresume=False, calculate_timeouts=True, exp_dir=tmp_path / "state")
+    Trainer(
+        accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=waits_for_a_save, max_steps=40, limit_train_batches=20, limit_val_batches=0,
+        callbacks=[callback, Save(), *[ModelCheckpoint(tmp_path, every_n_train_steps=1000)] * waits_for_a_save],
+    ).fit(BoringModel())  # fmt: skip
+    assert seen == [None if waits_for_a_save else 1, None, 1]
+
+
+def test_while_training_finishes_and_after_saves_there_is_a_heartbeat_before_its_timeout_comes_into_force(
+    heard: Heard, tmp_path: Path
+) -> None:
+    """Saving and finishing may have taken longer than that."""
+
+    class Export(Callback):
+        def on_train_end(self, trainer: Trainer, *args: Any) -> None:
+            trainer.save_checkpoint(tmp_path / "export.ckpt")
+
+    fit(tmp_path, Export())
+    in_force, beaten, finishing = False, True, False  # as the monitor sees it
+    for message in heard():
+        if message["type"] == "section":
+            beaten = message["open"] and beaten
+            finishing = message["open"] if message["name"] == "finishing" else finishing
+        elif message["type"] == "heartbeat":
+            beaten = True
+        elif message["type"] == "timeouts":
+            in_force = HEARTBEAT in message["calculated"]
+            assert beaten
+        assert not (finishing and in_force)
+    assert in_force
+
+
+def test_that_steps_are_not_watched_is_said_also_when_a_section_is(
+    heard: Heard, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "ft_state.json").write_text(json.dumps({"version": 1, "timeouts": {FINISHING: 7}}))
+    logging.getLogger("lightning.pytorch").propagate = True
+    with caplog.at_level(logging.INFO):
+        fit(tmp_path, max_steps=1)
+    assert "timeouts in force: rank_section_timeouts[finishing]=7" in caplog.text
+    assert "hang detection starts when timeouts have been calculated" in caplog.text
 
 
 # How a training ends: what a rank does in batch 25, whether timeouts are then calculated, and the launcher's exit code.
@@ -396,6 +666,42 @@ def test_a_directory_that_cannot_be_written_is_one_clear_error(heard: Heard, tmp
 
 # ------------------------------------------------------------------------------------------------- two ranks
 
+SLOW_STEPS = """
+import runpy, sys, time, torch
+pause = float(sys.argv.pop(1))
+sys.argv.pop(0)
+step = torch.optim.AdamW.step
+
+def slow(*args, **options):
+    time.sleep(pause)
+    return step(*args, **options)
+
+torch.optim.AdamW.step = slow
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_plain_loop_whose_steps_have_become_longer_recovers(start: Callable[..., Started], tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(SLOW_STEPS)
+
+    def run(pause: float, steps: int) -> Started:
+        launcher = [sys.executable, ROOT / "ft_launcher.py", "--nproc-per-node=2", "--max-restarts=3"]
+        example = [ROOT / "examples" / "train_pytorch.py", f"--steps={steps}", "--save-every=20"]
+        options = ["--ft-min-timeout=1.5", "--ft-run-dir=runs", "slow.py", pause]
+        return start([*launcher, *options, *example], PYTHONPATH=str(ROOT))
+
+    first = run(0, 20)
+    assert first.wait() == 0, first.output
+    timeouts = json.loads((tmp_path / "checkpoints" / "ft_state.json").read_text())["timeouts"]
+    assert set(timeouts) == {HEARTBEAT, INITIAL, FIRST_BATCH, CHECKPOINTING, "rank_section_timeouts[setup]"}
+    limit = timeouts[FIRST_BATCH]
+    second = run(limit + 1, 22)
+    assert second.wait() == 0, second.output
+    assert "timeout widened: rank_section_timeouts[first_batch]" in second.output
+    assert "timeout widened: rank_heartbeat_timeout" in second.output
+    assert second.output.count("sending SIGKILL") <= 4, second.output  # two attempts of two ranks
+
+
 SCRIPT = """
 import os, sys, time
 from lightning.pytorch import Trainer
@@ -406,8 +712,11 @@ from ft_callback import FaultToleranceCallback
 pause, steps, fault = float(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
 
 class Model(BoringModel):
+    is_first = True  # a slow first batch would let the timeout of heartbeats rest
+
     def training_step(self, batch, batch_idx):
-        time.sleep(pause * (1 + int(os.environ["RANK"])))
+        time.sleep(0 if self.is_first else pause * (1 + int(os.environ["RANK"])))
+        self.is_first = False
         if fault and os.environ["FT_ATTEMPT"] == "0" and os.environ["RANK"] == "1" and batch_idx == 5:
             os.kill(os.getpid(), 19)
         return super().training_step(batch, batch_idx)
@@ -453,12 +762,12 @@ def test_runs_calibrate_themselves_and_a_timeout_that_fits_no_longer_does_not_ki
 
     # The next steps take longer than the calculated limit; it has ended ranks twice when it is widened.
     state = json.loads((tmp_path / "state" / "ft_state.json").read_text())
-    state["client"]["timeouts"] = {HEARTBEAT: 0.6}
+    state["timeouts"].update({HEARTBEAT: 3, FIRST_BATCH: 100})
     (tmp_path / "state" / "ft_state.json").write_text(json.dumps(state))
-    third = run(0.1, 0.7, 63)
+    third = run(0.1, 2, 62)
     assert third.wait() == 0, third.output
-    assert third.output.count("timeout widened: rank_heartbeat_timeout of 0.6 s ended ranks twice") == 1, third.output
-    assert third.output.count("calculated limit 0.6 s); sending") <= 4  # two attempts of two ranks
-    assert stored(tmp_path)[HEARTBEAT] > 1.4
+    assert third.output.count("timeout widened: rank_heartbeat_timeout of 3 s ended ranks twice") == 1, third.output
+    assert third.output.count("calculated limit 3 s); sending") <= 4  # two attempts of two ranks
+    assert stored(tmp_path)[HEARTBEAT] > 4
     assert not list((tmp_path / "state").glob("killed_rank*"))
     wait_until(lambda: not list((tmp_path / "state").glob(".*")), 5, "no unfinished file")
