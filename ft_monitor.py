@@ -37,8 +37,8 @@ Clocks, in seconds; "none" is never. The first that runs out decides.
 Heartbeat clocks rest while a section that has a timeout is open, and start anew when it is left.
 Timeouts can be calculated: the longest time on a clock that any rank has seen, times safety_factor, averaged with what
 earlier runs have calculated, and at least min_timeout. Until a run has seen all that the heartbeat timeout of earlier
-runs came from, such as a validation, it makes that one longer only. A calculated timeout that has ended ranks twice at
-the same step is widened.
+runs came from, such as a validation, it makes that one longer only. A calculated timeout that has ended ranks twice with
+no new step in between is widened.
 
 How a rank is ended
     half of a clock passed               a warning and its stacks; nothing is ended
@@ -750,7 +750,7 @@ class RankMonitorClient:
         self.seen.add(what)
 
     def judge(self, kills: Mapping[str, int]) -> list[str]:
-        """Widen each calculated timeout that has ended ranks twice at the same step; return a line for each.
+        """Widen each calculated timeout that has ended ranks twice with no new step in between; return a line for each.
 
         `kills`: by setting, the step at which it ended ranks since the last judgement; -1 is no step known. A timeout
         that fits no longer, because the work has changed, would otherwise end every attempt for ever. One that is
@@ -758,9 +758,8 @@ class RankMonitorClient:
         """
         lines = []
         for name, step in kills.items():
-            # Or at the step before: where all steps take too long, chance decides which is the first that does.
-            if name in self.calculated and 0 <= self.killed.get(name, -9) - step <= 1:
-                lines.append(self._widen(name, f"ended ranks twice at step {step}"))
+            if name in self.calculated and step <= self.killed.get(name, -2):
+                lines.append(self._widen(name, f"ended ranks twice, and got no further than step {self.killed[name]},"))
                 if name == section_setting(FIRST_BATCH) and HEARTBEAT in self.calculated:
                     lines.append(self._widen(HEARTBEAT, "is most likely as wrong"))
             self.killed[name] = step
