@@ -37,8 +37,8 @@ Clocks, in seconds; "none" is never. The first that runs out decides.
 Heartbeat clocks rest while a section that has a timeout is open, and start anew when it is left.
 Timeouts can be calculated: the longest time on a clock that any rank has seen, times safety_factor, averaged with what
 earlier runs have calculated, and at least min_timeout. Until a run has seen all that the heartbeat timeout of earlier
-runs came from, such as a validation, it makes that one longer only. A calculated timeout that has ended ranks twice with
-no new step in between is widened.
+runs came from, such as a validation, it makes that one longer only. A calculated timeout that has ended ranks twice
+with no new step in between is widened.
 
 How a rank is ended
     half of a clock passed               a warning and its stacks; nothing is ended
