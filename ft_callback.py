@@ -7,13 +7,14 @@ Works with `lightning` and with `pytorch_lightning`, on any device, with one ran
 
 Hook                                     what it does
     setup                                sets broken checkpoints aside, loads timeouts, connects to the rank's monitor
-    on_train_start                       heartbeat; warns of a start at step 0 although a checkpoint had been saved
+    on_train_start                       heartbeat; refuses a start at different steps; warns of one at step 0 although a
+                                         checkpoint had been saved
     on_train_batch_end                   heartbeat; removes superseded checkpoints; looks for FLAG.stop; after the last
                                          batch of the first epoch, until the first of the second, heartbeats rest
     on_train_end, on_validation_start,   heartbeat; the heartbeat timeout rests in the first validation, and while
     on_validation_batch_end,             training finishes
     on_validation_end
-    on_load_checkpoint                   from now on the first heartbeat's time is that of a run that resumes
+    on_load_checkpoint                   the time to the first heartbeat includes a load, and can be calculated from
     Trainer.save_checkpoint (wrapped)    section "checkpointing"; calculates timeouts; notes progress
     TorchCheckpointIO (wrapped)          writes checkpoints beside the target, and renames (AtomicCheckpointIO)
     ModelCheckpoint (wrapped)            links and removes when the new checkpoint is on disk, where it would before
@@ -28,7 +29,7 @@ Sections, which have timeouts of their own, so that those of heartbeats can be s
 
 Files (FLAG is the value of FAULT_TOL_FINISHED_FLAG_FILE; written by global rank 0, beside and renamed)
     FLAG                           training is complete: {"reason", "step", "epoch", "time", "by"}
-    FLAG.stop                      made by a person or by autoresume.sh: save a checkpoint at the next batch, and end
+    FLAG.stop                      made by a person or by autoresume.sh: save a checkpoint at the next step, and end
                                    fit; training is not complete, and the next run goes on from there
     FLAG.progress                  the newest checkpoint: {"step", "epoch", "checkpoint", "time", "by"}
     FT_RUN_DIR/progress.json       the same
@@ -533,7 +534,7 @@ class FaultToleranceCallback(pl.Callback):
 
     def _save_checkpoint(self, trainer: pl.Trainer, filepath: Any, *args: Any, **kwargs: Any) -> None:
         """In the place of Trainer.save_checkpoint, which all ranks call."""
-        if not self._in_training:  # a search of the learning rate, which removes its checkpoint
+        if not self._in_training:  # the learning-rate finder, which removes its checkpoint
             type(trainer).save_checkpoint(trainer, filepath, *args, **kwargs)
             return
         if is_asynchronous(trainer):  # takes no longer than a step; how long it goes on is seen by the writer
@@ -660,7 +661,7 @@ class FaultToleranceCallback(pl.Callback):
         self._client.load_state_dict(state, notes=self._directory)
 
     def _state_dir(self, trainer: pl.Trainer) -> Path:
-        log_dir = trainer.log_dir  # a collective: for every rank, also where it is not needed
+        log_dir = trainer.log_dir  # a collective: all ranks must call it, also where it is not needed
         if self.exp_dir is not None:
             return Path(self.exp_dir).absolute()
         path = Path(log_dir or trainer.default_root_dir).absolute()
