@@ -7,7 +7,7 @@ Works with `lightning` and with `pytorch_lightning`, on any device, with one ran
 
 Hook                                     what it does
     setup                                sets broken checkpoints aside, loads timeouts, connects to the rank's monitor
-    on_train_start                       heartbeat; refuses a start at different steps; warns of one at step 0 although a
+    on_train_start                       heartbeat; all ranks must start at the same step; warns of 0 although a
                                          checkpoint had been saved
     on_train_batch_end                   heartbeat; removes superseded checkpoints; looks for FLAG.stop; after the last
                                          batch of the first epoch, until the first of the second, heartbeats rest
