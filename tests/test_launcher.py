@@ -21,6 +21,7 @@ from conftest import ROOT, Started, processes_with, wait_until
 from torch.distributed.elastic.agent.server.api import SimpleElasticAgent
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import PContext, SubprocessContext
+from torch.distributed.elastic.rendezvous import dynamic_rendezvous
 
 import ft_launcher
 import ft_monitor
@@ -396,7 +397,8 @@ def test_two_launchers_at_once_with_default_flags_each_run_a_world_of_their_own(
     # Quiet: one line says what is in force, and that hangs will not be noticed.
     for job, name in zip(jobs, "ab", strict=True):
         assert our_lines(job.output) == job.output.splitlines(), job.output
-        (line,) = job.output.splitlines()
+        line, *warnings = job.output.splitlines()
+        assert len(warnings) == (name == "b") and all(f"{store}=0: unset it" in warning for warning in warnings)
         assert line.startswith("[ft_launcher] settings: ")
         assert f"evidence: {ranks[f'{name}_0']['FT_RUN_DIR']}; hang detection is off" in line
 
@@ -679,13 +681,17 @@ def test_torch_still_has_what_the_agent_overrides_and_uses() -> None:
     # Used: attributes that torch's __init__ sets.
     used = set(re.findall(r"self\.(_\w+)", inspect.getsource(agent))) - vars(agent).keys()
     used -= set(re.findall(r"self\.(_\w+)(?:: [^=]+)? =", inspect.getsource(agent.__init__)))
-    assert used == {"_pcontext", "_worker_group", "_remaining_restarts", "_shutdown_timeout"}
+    assert used == {"_pcontext", "_worker_group", "_remaining_restarts", "_shutdown_timeout", "_store"}
     set_by_torch = inspect.getsource(LocalElasticAgent.__init__) + inspect.getsource(SimpleElasticAgent.__init__)
     assert used <= set(re.findall(r"self\.(_\w+)(?:: .*)? =", set_by_torch))
     # After a failure torch closes the survivors without naming a signal, which is how the agent tells that it has.
     assert list(inspect.signature(PContext.close).parameters) == ["self", "death_sig", "timeout"]
     assert "self.close()" in inspect.getsource(SubprocessContext._poll)
     assert inspect.signature(PContext.pids).parameters.keys() == {"self"}
+    # What a node leaves a rendezvous by: see leave_rendezvous().
+    source = inspect.getsource(dynamic_rendezvous.DynamicRendezvousHandler)
+    assert "self._op_executor.run(exit_op, deadline)" in source and "exit_op = _RendezvousExitOp()" in source
+    assert "def _stop_heartbeats(self)" in source and "self._get_deadline(self._settings.timeout.close)" in source
 
 
 def test_a_function_that_torch_would_call_in_a_process_of_its_own_becomes_a_command_line() -> None:

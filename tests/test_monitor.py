@@ -647,7 +647,6 @@ def test_timeouts_that_are_set_aside_are_out_of_force_until_they_are_calculated_
     [
         None,
         [],
-        {},
         {"version": 2, "timeouts": {}},
         {"version": 1},
         {"version": 1, "timeouts": [5]},
