@@ -1,231 +1,267 @@
 #!/usr/bin/env python3
-"""The rank monitor: it starts one rank, hears its heartbeats over a pipe, and ends it when it hangs.
+"""The rank monitor: starts one rank, hears its heartbeats over a pipe, and kills it when it hangs.
 
     python ft_monitor.py --ft-rank-heartbeat-timeout 60 -- python -u train.py
 
-ft_launcher.py starts one monitor for each rank; alone, it works under any launcher (`srun python ft_monitor.py ...`).
-The monitor is the rank's parent, as `tini` is a container's: it ends after the rank, with the rank's own exit code
-or signal. `RankMonitorClient`, below, is the rank's end of the pipe, for any PyTorch loop. Standard library only.
+A rank that hangs cannot say so. So each gets a parent, as `tini` is a container's, that knows how
+long each thing may take, ends with the rank's own exit status, and leaves no process behind.
+ft_launcher.py starts one for each rank; alone it works under any launcher (`srun python
+ft_monitor.py ...`). `RankMonitorClient` is the rank's end of the pipe. Standard library only.
 
 Environment
-    variable       set by    read by          meaning
-    FT_CONFIG      launcher  monitor, client  the configuration as JSON
-    FT_RUN_DIR     launcher  monitor, client  directory of the evidence; without it none is written
-    FT_ATTEMPT     launcher  monitor, client  0, 1, 2 ...: how often this launcher has started workers
-    FT_MONITOR_FD  monitor   client           file descriptor of the pipe's write end
-    RANK           launcher  monitor, client  the rank's number; without it SLURM_PROCID, which srun sets
+    variable             set by    read by          meaning
+    FT_CONFIG            launcher  monitor, client  the configuration as JSON
+    FT_LEARNED           launcher  monitor          what earlier attempts have learned, as JSON
+    FT_RUN_DIR           launcher  monitor, client  directory of reports and stacks
+    FT_ATTEMPT           launcher  monitor, client  0, 1, 2 ...: how often workers were started
+    FT_LAUNCHER_PID      launcher  monitor          whose death ends the rank; else the parent's
+    FT_SHUTDOWN_TIMEOUT  launcher  monitor          seconds that a stopped rank has to end
+    FT_MONITOR_PID       monitor   client           process of the monitor
+    FT_MONITOR_FD        monitor   client           its file descriptor for the pipe's write end
+    FT_STACKS_FD         monitor   client           its file descriptor for stacks, in memory
+    RANK                 launcher  monitor, client  the rank's number; else SLURM_PROCID; else 0
 
-Messages, one JSON object a line, at most 4,096 bytes, from the rank to the monitor only
-    type       fields            meaning
-    init       rank, stacks      connected; whether the rank writes its stacks when asked by STACKS_SIGNAL
-    heartbeat  step              alive; the step is the training's, or null
-    section    name, open        entered (true) or left (false) a named section
-    timeouts   calculated, note  these calculated timeouts replace the configured ones, until the next such message;
-                                 when one of them ends the rank, the monitor writes its verdict to the file `note`
-    saved      step              a checkpoint is safely on disk
-    request    action, reason    workload control, when this attempt ends: ShutdownWorkload or ExcludeThisNode
-    bye        error             monitoring ends: training is over (null), or failed with this error
+Messages: one JSON object a line, at most 4,096 bytes, from the rank to the monitor only. Each has
+its `type` and `time`: the monitor need not wake for each, and a late look measures right.
+    type       fields                 meaning
+    init       calculate, state_file  connected; are limits learned, and where are they kept?
+    heartbeat  step                   alive, with so many batches done, or null
+    section    name, open             entered (true) or left (false) a named section
+    learned    longest                seconds by clock that earlier runs have seen
+    calculate  clock                  learn the limit of this clock
+    saved      step, checkpoint       it is safely on disk; noted in progress.json in FT_RUN_DIR
+                                      and, under autoresume.sh, in FLAG.progress
+    request    action, reason         workload control, when this attempt ends
+    complete   flag, values           training is: create the flag if the script ends well
+    error      error                  an exception that the script may yet handle
+    shutdown                          monitoring rests until the next init, or bye
+    bye        error                  the main thread has ended, well (null) or with this error
 
-Clocks, in seconds; "none" is never. The first that runs out decides.
-    setting                         runs from                    to
-    startup_timeout                 process start                init
-    initial_rank_heartbeat_timeout  init                         first heartbeat
-    rank_heartbeat_timeout          last heartbeat               next heartbeat
-    rank_section_timeouts[name]     section entered              section left
-    rank_out_of_section_timeout     init, or last section left   next section entered
-    exit_timeout                    bye with an error            process end
-Heartbeat clocks rest while a section that has a timeout is open, and start anew when it is left.
-Timeouts can be calculated: the longest time on a clock that any rank has seen, times safety_factor, averaged with what
-earlier runs have calculated, and at least min_timeout. Until a run has seen all that the heartbeat timeout of earlier
-runs came from, such as a validation, it makes that one longer only. A calculated timeout that has ended ranks twice
-with no new step in between is widened.
+Clocks: an idle one, or one for each open section; the first that runs out decides. Its limit is
+what was configured; or, if limits are learned, the longest time survived times safety_factor, at
+least min_timeout (from 16 heartbeats on, a section once left); else, if any limit is configured or
+learned, unknown_timeout.
+    clock                           runs from                to
+    startup_timeout                 process start            init
+    initial_rank_heartbeat_timeout  init                     first heartbeat or section
+    rank_heartbeat_timeout          heartbeat, or the end    next heartbeat or section
+                                    of the last section
+    rank_section_timeouts[name]     section entered          section left
+    rank_out_of_section_timeout     end of the last section  next section or, unless it is
+                                                             configured, heartbeat
+    exit_timeout                    bye                      process end
 
 How a rank is ended
-    half of a clock passed               a warning and its stacks; nothing is ended
-    a clock ran out                      verdict, stacks, termination signal to its session, after 5 s SIGKILL
-    SIGTERM, SIGINT, SIGHUP or SIGQUIT   passed on to the rank, after the grace SIGKILL to its session
-    SIGABRT (a peer of the rank failed)  stacks, SIGKILL to its session, but a checkpoint that is being saved (section
-                                         "checkpointing") may be finished, for workers_stop_timeout at most
-    SIGUSR1, SIGUSR2                     passed on to the rank; nothing is ended
-    the monitor's parent died            SIGKILL to its session
-    the rank ended by itself             SIGKILL to what is left of its session
-
-Files in FT_RUN_DIR/attempt_<FT_ATTEMPT>
-    rank<N>.json        the report: how the rank does, at most a second old, and how it ended
-    rank<N>.stacks.txt  stacks of all its threads, each time they were asked for
-
-Files in a directory that belongs to the training, where it keeps its calculated timeouts
-    ft_state.json          {"version", "timeouts", "included", "killed", "time"}, of RankMonitorClient.write_state()
-    killed_rank<N>.json    verdict of a monitor whose rank ran out of a calculated timeout, until read_state()
+    half of a clock passed            a warning and its stacks; nothing is ended
+    a clock ran out                   stacks, termination signal to its processes, SIGKILL after 5 s
+    SIGTERM, SIGINT, SIGHUP, SIGQUIT  passed on to the rank; SIGKILL after the shutdown timeout
+    SIGABRT (a peer failed), or the   stacks, SIGKILL; a checkpoint that is being saved may be
+    launcher died                     finished, within workers_stop_timeout
+    SIGUSR1, SIGUSR2                  passed on to the rank; nothing is ended
+    the rank ended by itself          SIGKILL to what it has left, in whatever session
 """
 
 from __future__ import annotations
 
-import argparse
 import collections
 import ctypes
 import dataclasses
-import datetime
-import difflib
 import enum
-import faulthandler
-import fcntl
+import functools
 import json
-import logging
 import math
-import multiprocessing
 import os
 import select
 import signal
-import socket
-import stat
-import struct
-import subprocess
 import sys
-import termios
 import threading
 import time
-import traceback
-from collections.abc import Callable, Collection, Mapping, Sequence
-from multiprocessing.connection import Connection, wait
-from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
 
-MAX_MESSAGE_BYTES = 4096  # PIPE_BUF on Linux: a write of this size is whole or fails, also from several threads
-PIPE_BYTES = 65536  # what a pipe takes before it is full; see pipe(7)
-TERMINATION_SECONDS = 5.0  # from the termination signal of a hung rank to SIGKILL
-REAP_SECONDS = 10.0  # from SIGKILL to giving up on a process that the kernel does not end (D state)
-SUSPENDED_SECONDS = 5.0  # a monitor that wakes later than this was suspended, and its rank most likely with it
-STACKS_SECONDS = 1.0  # how long a rank may take to write its stacks; 1 ms is usual
-HALF_TIME_WARNINGS = 3  # in one attempt, so that a training whose steps are always slow does not fill the log
-LONGEST_WAIT_SECONDS = 86_400.0  # poll(2) takes at most 24 days
+# A monitor is one more process for each rank: what only a rank or a reader needs is imported there.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable, Collection, Mapping, Sequence
+    from typing import Any, NoReturn
+
+MAX_MESSAGE_BYTES = 4096  # PIPE_BUF on Linux: a write of this size is whole or fails
+MIN_HEARTBEATS = 16  # before the limit of heartbeats is learned
+FADE = 0.8  # what was learned fades by this from run to run, and outliers with it
+HALF_TIME_WARNINGS = 3  # in one attempt, so that slow training does not fill the log
+READ_SECONDS = 0.1  # between looks at the pipe, which takes 1,000 heartbeats in between
 REPORT_SECONDS = 1.0  # between reports of a rank that is well
-DEFAULT_GRACE_SECONDS = 30.0  # as torchrun's --shutdown-timeout
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE = 1, 4  # options of prctl(2)
-PARENT_DIED = signal.SIGURG  # sent by the kernel; by default a process ignores it, so a stray one is harmless
+TERMINATION_SECONDS = 5.0  # from the termination signal of a hung rank to SIGKILL
+REAP_SECONDS = 10.0  # from SIGKILL to giving up on a process that the kernel does not end
+SUSPENDED_SECONDS = 5.0  # a monitor that wakes later than this was suspended, and its rank too
+STACKS_SECONDS = 1.0  # how long a rank may take to write its stacks; 1 ms is usual
+FILE_SECONDS = 5.0  # how long a file system may take to answer
+FLAG_SECONDS = 30.0  # how long for the finished flag
+LOG_SECONDS = 0.5  # how long for a line of the log
+UNKNOWN_SECONDS = 1800.0  # default of unknown_timeout
+EXIT_SECONDS = 600.0  # unknown_timeout of a process whose script has ended
+GRACE_SECONDS = 30.0  # as torchrun's --shutdown-timeout
 
-# To a rank, not to a monitor, and so no clash with PARENT_DIED.
-STACKS_SIGNAL = signal.SIGURG  # ignored by default too: harmless to a rank that has not armed it, or is shutting down
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 1, 4, 36  # of prctl(2)
+PARENT_DIED = signal.SIGURG  # from the kernel; ignored by default, so a stray one is harmless
+PEER_FAILED = signal.SIGABRT
+STACKS_SIGNAL = signal.SIGRTMAX - 7  # of no runtime that we know: Go's is SIGURG, Java's SIGQUIT
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 PASSED_ON_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
-PEER_FAILED = signal.SIGABRT
+
+FLAG_VARIABLE = "FAULT_TOL_FINISHED_FLAG_FILE"
+STARTUP, EXIT = "startup_timeout", "exit_timeout"
+INITIAL, HEARTBEAT = "initial_rank_heartbeat_timeout", "rank_heartbeat_timeout"
+OUT_OF_SECTION = "rank_out_of_section_timeout"
 CHECKPOINTING = "checkpointing"  # the section in which a checkpoint is saved
-FIRST_BATCH = "first_batch"  # the section of a run's first step, which tells how long its steps may take
-HEARTBEAT = "rank_heartbeat_timeout"
-STATE_FILE = "ft_state.json"
-STACKS_HEADER = "==="  # begins the line before each dump of stacks; its time, in seconds since the epoch, follows
-
-log = logging.getLogger("ft_monitor")
+AFTER_TRAINING = "after_training"  # what a script does then: never the same, so never learned
+STACKS_HEADER = "==="  # begins the line before each dump of stacks, with its time since the epoch
 
 
-# ---------------------------------------------------------------------------------------------- configuration
+# What reading JSON that somebody else wrote can raise, and taking it for an object of ours.
+BROKEN = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+
+
+# ------------------------------------------------------------------------------- configuration
 
 
 class ConfigError(ValueError):
-    """A setting that cannot be used: the message names the value, what was expected, and the remedy."""
+    """A setting that cannot be used: the value, what was expected, and the remedy."""
 
 
-def parse_seconds(value: Any) -> float | None:
-    """A timeout in seconds from a number or text; None, "none" and "null" are never."""
-    if value is None or (isinstance(value, str) and value.strip().lower() in ("none", "null", "")):
-        return None
-    try:
-        return parse_positive(value)
-    except ConfigError as error:
-        raise ConfigError(f"{error}, or none") from None
-
-
-def parse_positive(value: Any) -> float:
+def parse_number(value: Any, least: float = 0.0) -> float:
+    """A finite number above 0, and of at least `least`."""
     try:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not 0 < number < math.inf:
-        raise ConfigError(f"got {value!r}, expected a number greater than 0")
+    if not (0 < number < math.inf and number >= least):
+        expected = f"at least {least:g}" if least else "more than 0"
+        raise ConfigError(f"got {value!r}, expected a number of {expected}")
     return number
 
 
-def parse_factor(value: Any) -> float:
-    factor = parse_positive(value)
-    if factor < 1:
-        raise ConfigError(f"got {value!r}, expected a number of at least 1")
-    return factor
+def parse_seconds(value: Any) -> float | None:
+    """A timeout from a number or text; "none" is infinite, None is not configured."""
+    if value in (None, math.inf):
+        return value
+    if str(value).strip().lower() in ("none", "null"):
+        return math.inf
+    try:
+        return parse_number(value)
+    except ConfigError as error:
+        raise ConfigError(f"{error}, or none") from None
 
 
-def parse_sections(value: Any) -> dict[str, float | None]:
+def parse_sections(value: Any) -> dict[str, float]:
     """Timeouts of sections from a mapping, or from text such as "setup:600,step:60"."""
     if isinstance(value, str):
-        pairs = [item.rpartition(":") for item in value.split(",") if item.strip()]
-        if not all(name.strip() for name, _, _ in pairs):
-            raise ConfigError(f"got {value!r}, expected NAME:SECONDS,NAME:SECONDS")
-        value = {name.strip(): seconds for name, _, seconds in pairs}
-    if not isinstance(value, Mapping):
+        pairs = [item.rpartition(":")[::2] for item in value.split(",") if item.strip()]
+        names = [name.strip() for name, _ in pairs]
+        if not all(names) or len(set(names)) < len(names):
+            raise ConfigError(f"got {value!r}, expected NAME:SECONDS,..., each name once")
+        value = dict(zip(names, (seconds for _, seconds in pairs), strict=True))
+    if not isinstance(value, dict):
         raise ConfigError(f"got {value!r}, expected names of sections with their seconds")
-    return {str(name): parse_seconds(seconds) for name, seconds in value.items()}
+    return {name: parse_seconds(x) or math.inf for name, x in value.items()}
 
 
 def parse_signal(value: Any) -> str:
     """The name of a signal, from its name with or without SIG, or its number."""
     text = str(value).strip().upper()
-    names = {str(number.value): number.name for number in signal.Signals}
-    name = names.get(text, text if text.startswith("SIG") else f"SIG{text}")
-    if name not in signal.Signals.__members__:
-        raise ConfigError(f"got {value!r}, expected the name of a signal, such as SIGKILL or SIGTERM")
-    return name
+    for known in signal.Signals:
+        if text in (known.name, known.name.removeprefix("SIG"), str(known.value)):
+            return known.name
+    raise ConfigError(f"got {value!r}, expected a signal, such as SIGKILL or SIGTERM")
 
 
 def parse_log_level(value: Any) -> str:
-    names = {"DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"}
-    name = logging.getLevelName(value) if isinstance(value, int) else str(value).strip().upper()
-    if name not in names:
-        raise ConfigError(f"got {value!r}, expected one of {', '.join(sorted(names))}")
-    return str(name)
+    text = str(value).strip().upper()
+    numbers = {"10": "DEBUG", "20": "INFO", "30": "WARNING", "40": "ERROR"}  # of logging
+    level = numbers.get(text, text)
+    if level not in Log.LEVELS:
+        raise ConfigError(f"got {value!r}, expected one of {', '.join(Log.LEVELS)}")
+    return level
 
 
-def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, in which a setting that is given twice is an error, and not the last one that counts."""
+def once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object in which a setting that is given twice is an error."""
     names = [name for name, _ in pairs]
     for name in names:
         if names.count(name) > 1:
-            raise ConfigError(f"setting {name!r} is given {names.count(name)} times: give it once")
+            raise ConfigError(f"{name!r} is given {names.count(name)} times: give it once")
     return dict(pairs)
 
 
+# How settings of NVIDIA's begin that have no meaning here.
+NVIDIAS = (
+    *("attribution_", "check_remaining", "checkpoint_iteration", "cycle_info", "enable_", "gpu_"),
+    *("ignore_missing", "install_exception", "link_", "log_aggregator", "log_leaf", "log_server"),
+    *("max_no_progress", "min_progress", "no_restart", "node_health_check_", "num_warmup", "numa_"),
+    *("nvrx_", "pci_topo", "per_cycle", "rdzv_impl", "restart_", "segment", "skip_section"),
+    *("storage_", "workload_check"),
+)
+
+
+def is_nvidias(name: str) -> bool:
+    """Whether a setting, or its flag, is NVIDIA's and has no meaning here."""
+    return name.removeprefix("--ft-").replace("-", "_").startswith(NVIDIAS)
+
+
+def read_yaml(text: str) -> dict[str, Any]:
+    """What plain YAML says, such as NVIDIA's settings: `key: value`, indented in blocks."""
+    found: dict[str, Any] = {}
+    blocks = [(-1, found)]  # that are open, with their indentation
+    for line in text.splitlines():
+        key, colon, value = line.partition("#")[0].partition(":")
+        name, value = key.strip(" '\""), value.strip(" '\"{}")
+        if not colon:
+            continue
+        indent = len(key) - len(key.lstrip())
+        while indent <= blocks[-1][0]:
+            blocks.pop()
+        is_number = value.replace(".", "", 1).isdecimal()
+        blocks[-1][1][name] = float(value) if is_number else value or {}
+        if not value:
+            blocks.append((indent, blocks[-1][1][name]))
+    return found
+
+
 def setting(parse: Callable[[Any], Any], default: Any, meaning: str) -> Any:
-    """A field of the configuration: `parse` validates what a flag, a file or the environment gives."""
-    factory = dict if default == {} else lambda: default
-    return dataclasses.field(default_factory=factory, metadata={"parse": parse, "meaning": meaning})
+    """A field of the configuration: `parse` checks what a flag, a file or a script gives."""
+    metadata = {"parse": parse, "meaning": meaning}
+    return dataclasses.field(default_factory=lambda: default, metadata=metadata)
+
+
+def timeout(meaning: str) -> Any:
+    return setting(parse_seconds, None, f"seconds {meaning}")
 
 
 @dataclasses.dataclass(frozen=True)
 class FaultToleranceConfig:
     """The settings of a job. Names as in NVIDIA's fault_tolerance where it has them.
 
-    Raises ConfigError for a value that cannot be used, whether given in Python, by flag, file or environment.
+    Raises ConfigError for a value that cannot be used, wherever it comes from.
     """
 
-    startup_timeout: float | None = setting(parse_seconds, None, "seconds from process start to connection")
-    initial_rank_heartbeat_timeout: float | None = setting(
-        parse_seconds, None, "seconds from connection to the first heartbeat"
+    startup_timeout: float | None = timeout("from process start to connection")
+    initial_rank_heartbeat_timeout: float | None = timeout("from there to heartbeat or section")
+    rank_heartbeat_timeout: float | None = timeout("between heartbeats, outside of sections")
+    rank_section_timeouts: Mapping[str, float] = setting(
+        parse_sections, {}, "seconds within sections, as setup:600,checkpointing:300"
     )
-    rank_heartbeat_timeout: float | None = setting(parse_seconds, None, "seconds between heartbeats")
-    rank_section_timeouts: Mapping[str, float | None] = setting(
-        parse_sections, {}, "seconds within named sections, as setup:600,step:60"
-    )
-    rank_out_of_section_timeout: float | None = setting(
-        parse_seconds, None, "seconds outside of all sections, for loops that use sections"
-    )
-    exit_timeout: float | None = setting(
-        parse_seconds, None, "seconds from an exception that ended training to the end of the process"
-    )
+    rank_out_of_section_timeout: float | None = timeout("between sections, without heartbeats")
+    exit_timeout: float | None = timeout("from the script's end to its process's (600)")
+    unknown_timeout: float | None = timeout("for what is neither configured nor learned (1800)")
     safety_factor: float = setting(
-        parse_factor, 5.0, "calculated timeouts are the longest observed time multiplied by this"
+        lambda value: parse_number(value, 1), 5.0, "a learned limit is the longest time times this"
     )
     min_timeout: float = setting(
-        parse_positive, 10.0, "no calculated timeout is shorter than these seconds, for hosts that stall"
+        parse_number,
+        60.0,
+        "no learned limit is shorter, but for a shorter configured one",
     )
     workers_stop_timeout: float = setting(
-        parse_positive, 30.0, "seconds that survivors of a failed rank have to finish saving a checkpoint"
+        parse_number, 30.0, "seconds that survivors of a failed rank have to finish a checkpoint"
     )
     rank_termination_signal: str = setting(
         parse_signal, "SIGKILL", "what a hung rank is sent; SIGKILL follows after 5 s"
@@ -235,38 +271,66 @@ class FaultToleranceConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             try:
-                object.__setattr__(self, field.name, field.metadata["parse"](getattr(self, field.name)))
+                value = field.metadata["parse"](getattr(self, field.name))
             except ConfigError as error:
                 raise ConfigError(f"{field.name}: {error}") from None
+            object.__setattr__(self, field.name, value)
 
     @classmethod
-    def from_mapping(cls, values: Mapping[str, Any]) -> FaultToleranceConfig:
-        if not isinstance(values, Mapping):
-            raise ConfigError(f'got {values!r}, expected a JSON object, such as {{"rank_heartbeat_timeout": 60}}')
+    def from_mapping(cls, values: Any) -> FaultToleranceConfig:
+        """Settings by name, as JSON has them; null is never."""
+        if not isinstance(values, dict):
+            example = '{"rank_heartbeat_timeout": 60}'
+            raise ConfigError(f"got {values!r}, expected an object such as {example}")
+        ignored = list(filter(is_nvidias, values))
+        if ignored:
+            warn(f"ignoring settings that have no meaning here: {', '.join(ignored)}")
+            values = {name: x for name, x in values.items() if name not in ignored}
         names = [field.name for field in dataclasses.fields(cls)]
         for name in values:
             if name not in names:
+                import difflib
+
                 close = difflib.get_close_matches(name, names, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"expected some of {', '.join(names)}"
+                hint = f"did you mean {close[0]!r}?" if close else f"expected {', '.join(names)}"
                 raise ConfigError(f"unknown setting {name!r}; {hint}")
-        return cls(**values)
+        given: dict[str, Any] = {n: "none" if x is None else x for n, x in values.items()}
+        return cls(**given)
 
     @classmethod
-    def from_json_file(cls, path: str | os.PathLike[str]) -> FaultToleranceConfig:
-        """Read settings from a JSON object, or from its member "fault_tolerance" where it has one."""
+    def from_json_file(cls, path: str) -> FaultToleranceConfig:
+        """Read settings from a JSON object, or from its member "fault_tolerance"."""
+        text = ""
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=without_duplicates)
+            with open(path, encoding="utf-8") as file:
+                text = file.read()
+            values = json.loads(text, object_pairs_hook=once_each)
             if isinstance(values, dict) and isinstance(values.get("fault_tolerance"), dict):
                 values = values["fault_tolerance"]
             return cls.from_mapping(values)
         except OSError as error:
-            raise ConfigError(f"cannot read the configuration {os.fspath(path)!r}: {error.strerror}") from None
+            raise ConfigError(f"cannot read {os.fspath(path)!r}: {error.strerror}") from None
+        except json.JSONDecodeError as error:
+            raise ConfigError(
+                f"{os.fspath(path)!r} is not JSON: {error}{cls._hint(text)}"
+            ) from None
         except (ValueError, RecursionError) as error:  # broken JSON, not text, or a ConfigError
             raise ConfigError(f"configuration {os.fspath(path)!r}: {error}") from None
 
     @classmethod
+    def _hint(cls, text: str) -> str:
+        """For settings in YAML, the JSON that would do."""
+        values = read_yaml(text)
+        values = values.get("fault_tolerance") or values
+        try:
+            cls.from_mapping(values)
+        except ConfigError:
+            return ""
+        return f"; as JSON it is {json.dumps(values)}" if values else ""
+
+    @classmethod
     def from_environment(cls) -> FaultToleranceConfig:
-        """The configuration that the launcher handed on in FT_CONFIG; defaults without it."""
+        """The configuration that the launcher handed on; defaults without it."""
         try:
             return cls.from_mapping(json.loads(os.environ.get("FT_CONFIG") or "{}"))
         except ValueError as error:
@@ -274,78 +338,51 @@ class FaultToleranceConfig:
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> FaultToleranceConfig:
-        """Flags beat the file of --ft-cfg-path, or FT_CONFIG where there is no file; these beat the defaults."""
-        path = args.ft_cfg_path
-        base = cls.from_json_file(path) if path else cls.from_environment()
+        """Flags beat the file of --ft-cfg-path, or FT_CONFIG without one; these the defaults."""
+        base = cls.from_json_file(args.ft_cfg_path) if args.ft_cfg_path else cls.from_environment()
         flags = {field.name: getattr(args, f"ft_{field.name}") for field in dataclasses.fields(cls)}
-        return dataclasses.replace(base, **{name: value for name, value in flags.items() if value is not None})
+        return dataclasses.replace(base, **{k: v for k, v in flags.items() if v is not None})
 
     @staticmethod
-    def add_arguments(parser: argparse.ArgumentParser, **options: Any) -> argparse._ArgumentGroup:
-        """Add --ft-cfg-path and one flag for each setting; `options` go to every add_argument. Returns their group."""
+    def add_arguments(parser: argparse.ArgumentParser, **options: Any) -> Any:
+        """Add --ft-cfg-path and a flag for each setting, in a group, which is returned."""
         group = parser.add_argument_group("fault tolerance", "times in seconds, 'none' for never")
-        group.add_argument(
-            "--ft-cfg-path", "--ft_cfg_path", metavar="FILE.json",
-            help="file with settings; flags beat it (default: none)", **options,
-        )  # fmt: skip
+        about = "file with settings; flags beat it"
+        names = ("--ft-cfg-path", "--ft_cfg_path")
+        group.add_argument(*names, metavar="FILE.json", help=about, **options)
         for field in dataclasses.fields(FaultToleranceConfig):
-            flag = f"--ft-{field.name.replace('_', '-')}"
-            default = getattr(FaultToleranceConfig(), field.name) or "none"
-            default = f"{default:g}" if isinstance(default, float) else default
-            text = f"{field.metadata['meaning']} (default: {default})"
-            group.add_argument(flag, f"--ft_{field.name}", metavar="VALUE", help=text, **options)
+            default = getattr(FaultToleranceConfig(), field.name)
+            about = field.metadata["meaning"] + (f" (default: {default})" if default else "")
+            names = (f"--ft-{field.name.replace('_', '-')}", f"--ft_{field.name}")
+            group.add_argument(*names, metavar="VALUE", help=about, **options)
         return group
 
+    def configured(self) -> dict[str, Any]:
+        """The settings that have a value."""
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if value not in (None, {})}
+
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
+        return json.dumps(self.configured())
 
-    def with_calculated(self, calculated: Mapping[str, float]) -> FaultToleranceConfig:
-        """This configuration with calculated timeouts, named as `Clock.setting`, in place of the configured ones."""
-        sections = {section_of(name): seconds for name, seconds in calculated.items() if section_of(name)}
-        others = {name: seconds for name, seconds in calculated.items() if not section_of(name)}
-        if not set(others) <= set(CALCULATED_SETTINGS):
-            raise ConfigError(f"got {sorted(others)}, expected some of {CALCULATED_SETTINGS}")
-        timeouts: dict[str, Any] = {"rank_section_timeouts": {**self.rank_section_timeouts, **sections}, **others}
-        return dataclasses.replace(self, **timeouts)
+    def limits(self) -> dict[str, float]:
+        """The configured limits in seconds, by clock."""
+        names = (STARTUP, INITIAL, HEARTBEAT, OUT_OF_SECTION, EXIT)
+        limits = {name: x for name, x in self.configured().items() if name in names}
+        sections = self.rank_section_timeouts.items()
+        return {**limits, **{section_clock(name): seconds for name, seconds in sections}}
 
-    @property
-    def watches_steps(self) -> bool:
-        """Whether any clock is set that a hang in the middle of training would let run out."""
-        timeouts = (self.rank_heartbeat_timeout, self.rank_out_of_section_timeout, *self.rank_section_timeouts.values())
-        return any(timeout is not None for timeout in timeouts)
-
-    def timeouts(self) -> dict[str, float]:
-        """The timeouts that are set, in seconds, by setting as in `Clock.setting`."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        sections = values.pop("rank_section_timeouts").items()
-        timeouts = {name: values[name] for name in ("startup_timeout", *CALCULATED_SETTINGS, "exit_timeout")}
-        timeouts.update({section_setting(name): seconds for name, seconds in sections})
-        return {name: seconds for name, seconds in timeouts.items() if seconds is not None}
-
-    def describe(self) -> str:
-        """The settings that are in force, in one line."""
-        others = ("safety_factor", "min_timeout", "workers_stop_timeout", "rank_termination_signal", "log_level")
-        values = {**self.timeouts(), **{name: getattr(self, name) for name in others}}
-        return ", ".join(
-            f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in values.items()
-        )
+    def is_watching(self) -> bool:
+        """Whether any limit is configured; if so, no clock is without one."""
+        return any(map(math.isfinite, [*self.limits().values(), self.unknown_timeout or math.inf]))
 
 
-CALCULATED_SETTINGS = ("initial_rank_heartbeat_timeout", "rank_heartbeat_timeout", "rank_out_of_section_timeout")
+def section_clock(section: str) -> str:
+    """The clock of a section, named as the setting that limits it."""
+    return f"rank_section_timeouts[{section}]"
 
 
-def section_setting(name: str) -> str:
-    """The setting that limits a section."""
-    return f"rank_section_timeouts[{name}]"
-
-
-def section_of(setting: str) -> str | None:
-    """The section that a setting limits, if it limits one."""
-    kind, bracket, name = setting.partition("[")
-    return name.removesuffix("]") if bracket and kind == "rank_section_timeouts" else None
-
-
-# --------------------------------------------------------------------------------------------------- messages
+# ------------------------------------------------------------------------------------ messages
 
 
 class WorkloadAction(enum.Enum):
@@ -364,362 +401,518 @@ class WorkloadControlRequest:
     description: str = "no reason given"
 
 
-MESSAGE_FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
-    "init": {"rank": (int,), "stacks": (bool,)},
+OPTIONAL_TEXT = (str, type(None))
+MESSAGE_FIELDS: dict[str, dict[str, Any]] = {
+    "init": {"calculate": bool, "state_file": OPTIONAL_TEXT},
     "heartbeat": {"step": (int, type(None))},
-    "section": {"name": (str,), "open": (bool,)},
-    "timeouts": {"calculated": (dict,), "note": (str, type(None))},
-    "saved": {"step": (int,)},
-    "request": {"action": (str,), "reason": (str,)},
-    "bye": {"error": (str, type(None))},
+    "section": {"name": str, "open": bool},
+    "learned": {"longest": dict},
+    "calculate": {"clock": str},
+    "saved": {"step": int, "checkpoint": OPTIONAL_TEXT},
+    "request": {"action": str, "reason": str},
+    "complete": {"flag": OPTIONAL_TEXT, "values": dict},
+    "error": {"error": str},
+    "shutdown": {},
+    "bye": {"error": OPTIONAL_TEXT},
 }
 
 
 def encode_message(kind: str, **fields: Any) -> bytes:
-    """One line of JSON; text that would make it longer than MAX_MESSAGE_BYTES is cut."""
-    message = json.dumps({"type": kind, **fields}).encode() + b"\n"
-    if len(message) <= MAX_MESSAGE_BYTES:
-        return message
-    # A character takes at most 12 bytes as JSON (a pair of \uXXXX).
-    budget = (MAX_MESSAGE_BYTES - 256) // (12 * len(fields))
-    short = {name: value[:budget] if isinstance(value, str) else value for name, value in fields.items()}
-    return json.dumps({"type": kind, **short}).encode() + b"\n"
+    """One line of JSON, with the time. Of what is too long for a pipe, text is cut."""
+    message = {"type": kind, "time": time.monotonic(), **fields}
+    while len(line := json.dumps(message, default=str)) >= MAX_MESSAGE_BYTES:
+        longest = max(fields, key=lambda name: len(json.dumps(message[name], default=str)))
+        text = message[longest]
+        message[longest] = text[: len(text) // 2] if isinstance(text, str) else {}
+    return line.encode() + b"\n"
 
 
 def decode_message(line: bytes) -> dict[str, Any] | None:
     """The message in a line, or None for what is not one."""
     try:
-        message = json.loads(line)
+        message = json.loads(line) if len(line) < MAX_MESSAGE_BYTES else {}
         fields = MESSAGE_FIELDS[message["type"]]
-        if not all(isinstance(message[name], types) for name, types in fields.items()):
-            return None
-        if message["type"] == "request":
+        message["time"] = parse_number(message["time"])
+        if "action" in fields:
             WorkloadAction[message["action"]]
-        if message["type"] == "timeouts":
-            FaultToleranceConfig().with_calculated(message["calculated"])
-    except (ValueError, KeyError, TypeError, RecursionError):
+        if "longest" in fields:
+            message["longest"] = parse_longest(message["longest"])
+        is_right = all(isinstance(message[name], types) for name, types in fields.items())
+    except BROKEN:
         return None
-    return dict(message)
+    return message if is_right else None
 
 
-class MessageReader:
-    """Cuts what arrives on the pipe into messages.
+def parse_longest(values: Any) -> dict[str, float]:
+    """Seconds by clock. Raises ConfigError."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"longest: got {values!r}, expected seconds by clock")
+    return {str(clock): parse_number(seconds) for clock, seconds in values.items()}
 
-    Messages end with a newline, so after anything that is not one the next line is understood again. `skipped`
-    counts the lines that were not understood.
+
+class Inbox:
+    """The monitor's end of the pipe: cuts what arrives into messages.
+
+    Messages end with a newline, so after anything that is not one the next line is understood
+    again. Both ends stay open here: the pipe outlives whatever a rank does to its descriptors.
     """
 
     def __init__(self) -> None:
-        self.skipped = 0
+        # What multiprocessing.Pipe(duplex=False) makes; its module would double our memory.
+        self.read_end, self.write_end = os.pipe()
+        os.set_blocking(self.read_end, False)
+        self.skipped = 0  # lines that were not understood
         self._rest = b""  # the beginning of a line whose end has not arrived
+
+    def read(self) -> list[dict[str, Any]]:
+        """What has arrived, but not for ever if the rank keeps filling the pipe."""
+        messages = []
+        for _ in range(16):
+            try:
+                messages += self.feed(os.read(self.read_end, 65536))
+            except BlockingIOError:
+                break
+        return messages
 
     def feed(self, data: bytes) -> list[dict[str, Any]]:
         *lines, self._rest = (self._rest + data).split(b"\n")
-        # Of a line that grows without end only its beginning is kept, enough to see that it is too long.
-        self._rest = self._rest[: MAX_MESSAGE_BYTES + 1]
-        messages = [decode_message(line) if len(line) < MAX_MESSAGE_BYTES else None for line in lines]
+        self._rest = self._rest[:MAX_MESSAGE_BYTES]  # enough to see that it is too long
+        messages = list(map(decode_message, lines))
         self.skipped += messages.count(None)
         return [message for message in messages if message is not None]
 
 
-# ----------------------------------------------------------------------------------------------------- clocks
-
-
-class Clock(NamedTuple):
-    """One running clock: the setting that limits it, when it started, and its limit in seconds, if it has one."""
-
-    setting: str
-    since: float
-    limit: float | None
-    waiting_for: str
-
-    @property
-    def deadline(self) -> float:
-        return math.inf if self.limit is None else self.since + self.limit
-
-
-class Lap(NamedTuple):
-    """A clock that was stopped in time."""
-
-    setting: str
-    seconds: float
-    limit: float | None
+# -------------------------------------------------------------------------------------- clocks
 
 
 class Clocks:
-    """What a rank has told so far, and which clocks therefore run. No I/O: `now` goes in, in seconds.
+    """Which clocks run, what their limits are, and what was learned. No I/O; times in seconds.
 
-    Sections in `measured` rest the heartbeat clocks even if they have no timeout.
+    `earlier`: the longest times by clock that earlier attempts and runs have seen.
     """
 
-    def __init__(self, config: FaultToleranceConfig, now: float, measured: frozenset[str] = frozenset()) -> None:
-        self.configured = config
-        self.config = config  # with the calculated timeouts in it
-        self.calculated: dict[str, float] = {}
-        self.note: str | None = None  # the file that takes the verdict when a calculated timeout ends the rank
-        self.measured = measured
-        self.started: float = now  # process start
-        self.connected: float | None = None  # last init
-        self.heartbeat: float | None = None  # last heartbeat since init
-        self.step: int | None = None  # the last one that a heartbeat carried
-        self.sections: dict[str, float] = {}  # open sections and when they were entered
-        self.left_timed: float | None = None  # when the last section that rests the heartbeat clocks was left
-        self.left_any: float | None = None  # when the last section was left
-        self.over: float | None = None  # when bye arrived
-        self.error: str | None = None  # what bye said
-        self.has_stacks = False  # whether the rank writes its stacks when asked
-        self.saved: int | None = None  # step of the newest checkpoint that is on disk
-        self.request: dict[str, str] | None = None  # the last workload control request: {action, reason}
+    def __init__(
+        self, config: FaultToleranceConfig, now: float, earlier: Mapping[str, float] | None = None
+    ) -> None:
+        self.config = config
+        self.configured = config.limits()
+        self.is_watching = config.is_watching()
+        self.heard = now  # time of the last message
+        self.running: dict[str, float] = {STARTUP: now}  # and since when
+        self.sections: set[str] = set()  # that are open
+        self.has_heartbeats = False  # since init
+        self.calculate = earlier is not None  # all limits
+        self.asked: set[str] = set()  # or the limits of these clocks
+        self.earlier = dict(earlier or {})
+        self.longest: dict[str, float] = {}  # seconds survived on each clock, in this attempt
+        self.state_file: str | None = None  # of this training; another one has other limits
+        self.laps = collections.Counter[str]()  # how often each was stopped
 
-    def hear(self, message: Mapping[str, Any], now: float) -> list[Lap]:
-        """Take in a message; return the clocks that it stopped or started anew."""
-        before = self.running()
-        self._take_in(message, now)
-        since = {clock.setting: clock.since for clock in self.running()}
-        stopped = [clock for clock in before if since.get(clock.setting) != clock.since]
-        return [Lap(clock.setting, now - clock.since, clock.limit) for clock in stopped]
-
-    def restart(self, now: float) -> None:
-        """Start all running clocks anew, after a time in which nothing could run."""
-        self.started = now
-        self.sections = dict.fromkeys(self.sections, now)
-        for name in ("connected", "heartbeat", "left_timed", "left_any", "over"):
-            if getattr(self, name) is not None:
-                setattr(self, name, now)
-
-    def first(self) -> Clock | None:
-        """The clock that runs out first, if any has a limit."""
-        clock = self.nearest()
-        return None if clock is None or clock.limit is None else clock
-
-    def nearest(self) -> Clock | None:
-        """The clock that runs out first; where none has a limit, the heartbeats' if it runs. None after training."""
-        return min(reversed(self.running()), key=lambda clock: clock.deadline, default=None)
-
-    def running(self) -> list[Clock]:
-        """The clocks that run now, with and without a limit."""
-        config = self.config
-        if self.over is not None:
-            waiting_for = "no end of the process after its error"
-            return (
-                [Clock("exit_timeout", self.over, config.exit_timeout, waiting_for)] if self.error is not None else []
-            )
-        if self.connected is None:
-            waiting_for = "no connection after process start"
-            return [Clock("startup_timeout", self.started, config.startup_timeout, waiting_for)]
-        clocks = [
-            Clock(section_setting(name), entered, self._limit(name), f"in section {name!r}")
-            for name, entered in self.sections.items()
-        ]
-        if not clocks:
-            since = self.connected if self.left_any is None else self.left_any
-            limit = config.rank_out_of_section_timeout
-            clocks.append(Clock("rank_out_of_section_timeout", since, limit, "outside of all sections"))
-        if not any(map(self._is_timed, self.sections)):
-            clocks.append(self._heartbeat_clock(self.connected))
-        return clocks
-
-    def _heartbeat_clock(self, connected: float) -> Clock:
-        rested = connected if self.left_timed is None else self.left_timed
-        if self.heartbeat is None:
-            limit, setting = self.config.initial_rank_heartbeat_timeout, "initial_rank_heartbeat_timeout"
-            return Clock(setting, max(connected, rested), limit, "no first heartbeat")
-        limit = self.config.rank_heartbeat_timeout
-        return Clock("rank_heartbeat_timeout", max(self.heartbeat, rested), limit, "no heartbeat")
-
-    def _limit(self, section: str) -> float | None:
-        return self.config.rank_section_timeouts.get(section)
-
-    def _is_timed(self, section: str) -> bool:
-        return self._limit(section) is not None or section in self.measured
-
-    def _take_in(self, message: Mapping[str, Any], now: float) -> None:
+    def hear(self, message: Mapping[str, Any], now: float) -> None:
+        """Let a message start and stop clocks."""
+        self.heard = at = min(max(message["time"], self.heard), now)  # whatever was written
         kind = message["type"]
         if kind == "init":
-            self.connected, self.heartbeat, self.over, self.error = now, None, None, None
-            self.sections, self.left_timed, self.left_any = {}, None, None
-            self.has_stacks = message["stacks"]
+            if STARTUP not in self.running and message["state_file"] != self.state_file:
+                self.earlier, self.longest = {}, {}
+                self.laps.clear()
+            self._stop_all(at)
+            self.state_file = message["state_file"]
+            self.has_heartbeats, self.calculate = False, message["calculate"]
+            self.running[INITIAL] = at
         elif kind == "heartbeat":
-            self.heartbeat = now
-            self.step = self.step if message["step"] is None else message["step"]
-        elif kind == "section" and message["open"]:
-            self.sections.setdefault(message["name"], now)
-        elif kind == "section" and self.sections.pop(message["name"], None) is not None:
-            self.left_any = now
-            if self._is_timed(message["name"]):
-                self.left_timed = now
-        elif kind == "timeouts":
-            self.calculated, self.note = message["calculated"], message["note"]
-            self.config = self.configured.with_calculated(self.calculated)
-        elif kind == "saved":
-            self.saved = message["step"]
-        elif kind == "request":
-            self.request = {"action": message["action"], "reason": message["reason"]}
-        elif kind == "bye":
-            self.over, self.error = now, message["error"]
+            self._hear_heartbeat(at)
+        elif kind == "section":
+            self._hear_section(message["name"], message["open"], at)
+        elif kind == "learned":
+            for clock, seconds in message["longest"].items():
+                self.earlier[clock] = max(seconds, self.earlier.get(clock, 0.0))
+        elif kind == "calculate":
+            self.asked.add(message["clock"])
+        elif kind in ("shutdown", "bye"):
+            self._stop_all(at)
+            if kind == "bye":
+                self.running[EXIT] = at
+
+    def _hear_heartbeat(self, at: float) -> None:
+        self.has_heartbeats = True
+        self._stop(INITIAL, at)
+        self._stop(HEARTBEAT, at)
+        if OUT_OF_SECTION not in self.configured:
+            self._stop(OUT_OF_SECTION, at)
+        if not self.sections:
+            self.running[HEARTBEAT] = at
+
+    def _hear_section(self, name: str, is_open: bool, at: float) -> None:
+        if is_open:
+            for idle in (INITIAL, HEARTBEAT, OUT_OF_SECTION):
+                self._stop(idle, at)
+            self.sections.add(name)
+            self.running.setdefault(section_clock(name), at)
+        elif name in self.sections:
+            self._stop(section_clock(name), at)
+            self.sections.discard(name)
+            if not self.sections and self.has_heartbeats:
+                self.running[HEARTBEAT] = at
+            if not self.sections and (not self.has_heartbeats or OUT_OF_SECTION in self.configured):
+                self.running[OUT_OF_SECTION] = at
+
+    def _stop(self, clock: str, at: float) -> None:
+        """Stop a clock if it runs, and learn how long it took."""
+        if clock in self.running:
+            seconds = round(at - self.running.pop(clock), 3)
+            self.longest[clock] = max(seconds, self.longest.get(clock, 0.001))
+            self.laps[clock] += 1
+
+    def _stop_all(self, at: float) -> None:
+        for clock in list(self.running):
+            self._stop(clock, at)
+        self.sections.clear()
+
+    def restart(self, now: float) -> None:
+        """Start all running clocks again, after a time in which nothing could run."""
+        self.heard = now  # what is still in the pipe was sent before
+        self.running = dict.fromkeys(self.running, now)
+
+    def is_learned(self, clock: str) -> bool:
+        """Whether a clock's limit is learned, and enough was seen for that."""
+        if clock in (EXIT, section_clock(AFTER_TRAINING)):
+            return False
+        is_asked = not self.asked.isdisjoint((clock, clock.partition("[")[0]))
+        enough = MIN_HEARTBEATS if clock == HEARTBEAT and not is_asked else 1
+        has_seen = clock in self.earlier or self.laps[clock] >= enough
+        return (self.calculate or is_asked) and has_seen
+
+    def limit(self, clock: str) -> float:
+        """The seconds that a clock may run; infinite for never."""
+        config, configured = self.config, self.configured.get(clock)
+        longest = max(self.longest.get(clock, 0.0), self.earlier.get(clock, 0.0))
+        learned = config.safety_factor * longest
+        if self.is_learned(clock):
+            return max(learned, min(config.min_timeout, configured or math.inf))
+        if configured is not None:
+            return configured
+        if not (self.is_watching or self.calculate or self.asked):
+            return math.inf
+        unknown = EXIT_SECONDS if clock == EXIT else UNKNOWN_SECONDS
+        return max(learned, config.unknown_timeout or unknown)
+
+    def limits(self) -> dict[str, float]:
+        """The finite limits, by clock."""
+        names = sorted({*self.configured, *self.running, *self.laps, *self.earlier})
+        limits = {name: round(self.limit(name), 3) for name in names}
+        return {name: seconds for name, seconds in limits.items() if math.isfinite(seconds)}
+
+    def first(self) -> tuple[str, float]:
+        """The clock that runs out first, and when; ("", infinity) where none runs."""
+        deadlines = [(since + self.limit(clock), clock) for clock, since in self.running.items()]
+        deadline, clock = min(deadlines, default=(math.inf, ""))
+        return clock, deadline
 
 
-# ------------------------------------------------------------------------------------------- the rank's end
+# --------------------------------------------------------------------------- reports and state
+
+
+class End(str, enum.Enum):
+    """How a rank came to its end."""
+
+    RUNNING = "running"
+    BY_ITSELF = "by itself"
+    HUNG = "hung"
+    STOPPED = "stopped"  # by a signal to its monitor
+    PEER_FAILED = "peer failed"
+    LAUNCHER_DIED = "launcher died"
+
+
+@dataclasses.dataclass
+class Report:
+    """How a rank does, at most a second old, and how it ended. Times are since the epoch."""
+
+    rank: int
+    attempt: int = 0
+    host: str = ""
+    launcher_pid: int | None = None
+    monitor_pid: int | None = None
+    pid: int | None = None
+    started: float | None = None
+    connected: float | None = None
+    first_heartbeat: float | None = None
+    heartbeat: float | None = None  # the last one
+    error_time: float | None = None
+    ended: float | None = None
+    first_step: int | None = None  # of the first heartbeat
+    step: int | None = None  # of the last heartbeat
+    saved: int | None = None  # step of the newest checkpoint that this rank has reported
+    sections: list[str] = dataclasses.field(default_factory=list)  # that are open
+    clock: str | None = None  # that runs out first
+    clock_since: float | None = None
+    clock_limit: float | None = None  # seconds
+    request: dict[str, str] | None = None  # workload control: action, reason
+    calculate: bool = False  # whether limits are learned
+    state_file: str | None = None  # where what was learned is kept
+    longest: dict[str, float] = dataclasses.field(default_factory=dict)  # seconds, by clock
+    limits: dict[str, float] = dataclasses.field(default_factory=dict)  # seconds, by clock
+    learned: list[str] = dataclasses.field(default_factory=list)  # clocks with learned limits
+    complete: bool = False  # training is, as far as this rank knows
+    over: bool = False  # the script's main thread has ended
+    error: str | None = None  # the exception that ended it, or went through it
+    end: End = End.RUNNING
+    reason: str | None = None  # why the monitor ended it
+    hung_on: str | None = None  # the clock that ran out
+    waited: float | None = None  # seconds on that clock
+    state: str | None = None  # of the process before the monitor ended it: R, S, D, T ...
+    stacks: bool | None = None  # whether it wrote its stacks then; None: it was not asked
+    oom_kills: int = 0  # in its control group, or else on this host, while it ran
+    status: int | None = None  # exit code, or -N for signal N
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Report:
+        """Raises OSError, or ValueError for what is no report."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        try:
+            with open(path, encoding="utf-8") as file:
+                values = json.load(file)
+            report = cls(**{name: value for name, value in values.items() if name in names})
+            report.rank, report.end = int(report.rank), End(report.end)
+        except BROKEN as error:
+            raise ValueError(f"{path} holds no report: {error!r}") from None
+        return report
+
+
+@dataclasses.dataclass
+class State:
+    """What runs have learned of how long things take, kept in ft_state.json."""
+
+    longest: dict[str, float] = dataclasses.field(default_factory=dict)  # seconds, by clock
+    # By clock, the step at which its limit last ended a rank; forgotten with the first step beyond.
+    killed: dict[str, int] = dataclasses.field(default_factory=dict)
+    run: str = ""  # the launcher that wrote last
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> State:
+        """Empty if there is no file yet. Raises OSError, or ConfigError for what is no state."""
+        try:
+            with open(path, encoding="utf-8") as file:
+                values = json.load(file)
+            killed = {str(clock): int(step) for clock, step in values["killed"].items()}
+            return cls(parse_longest(values["longest"]), killed, str(values["run"]))
+        except FileNotFoundError:
+            return cls()
+        except BROKEN as error:
+            raise ConfigError(f"{path} holds no state: {error!r}") from None
+
+    def after(self, reports: Sequence[Report], run: str) -> State:
+        """This state and what the reports of an attempt add to it.
+
+        What another run has learned fades where this one has seen the same clock. A limit that
+        ended ranks twice with no new step in between does not fit: it counts as survived, so that
+        the next is longer. A real hang that comes again is only noticed later then.
+        """
+        fade = 1.0 if run == self.run else FADE
+        longest = dict(self.longest)
+        seen = [item for report in reports for item in report.longest.items()]
+        for clock in {clock for clock, _ in seen}:
+            longest[clock] = round(longest.get(clock, 0.0) * fade, 3)
+        for clock, seconds in seen:
+            longest[clock] = max(seconds, longest[clock])
+        highest = max((report.step for report in reports if report.step is not None), default=-1)
+        killed = {clock: step for clock, step in self.killed.items() if step >= highest}
+        hung = [(r.hung_on, r.waited) for r in reports if r.hung_on and r.waited]
+        for clock, waited in hung:
+            if clock in killed:
+                longest[clock] = max(longest.get(clock, 0.0), waited)
+        return State(longest, {**killed, **dict.fromkeys(dict(hung), highest)}, run)
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Raises OSError."""
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        write_file(path, to_text({**dataclasses.asdict(self), "time": stamp}, indent=2))
+
+
+# --------------------------------------------------------------------------- the rank's end
 
 
 class RankMonitorClientError(RuntimeError):
     """The client was used in a way that cannot work; the message says what to do."""
 
 
-class HeartbeatTimeouts(NamedTuple):
-    """The timeouts of heartbeats that are in force, in seconds; None is never."""
+@dataclasses.dataclass(frozen=True)
+class HeartbeatTimeouts:
+    """The limits of heartbeats in force, in seconds; None is none. Names as NVIDIA's."""
 
     initial: float | None
     subsequent: float | None
     were_calculated: bool
 
+    @property
+    def are_valid(self) -> bool:
+        return None not in (self.initial, self.subsequent)
 
-class SectionTimeouts(NamedTuple):
-    """The timeouts of sections that are in force, in seconds; None is never."""
+
+@dataclasses.dataclass(frozen=True)
+class SectionTimeouts:
+    """The limits of sections in force, in seconds; None is none. Names as NVIDIA's."""
 
     section: Mapping[str, float | None]
     out_of_section: float | None
     calculated_sections: frozenset[str]
     is_out_of_section_calculated: bool
 
+    @property
+    def were_calculated(self) -> bool:
+        return self.is_out_of_section_calculated and self.calculated_sections == set(self.section)
+
+    @property
+    def are_valid(self) -> bool:
+        return None not in (*self.section.values(), self.out_of_section)
+
 
 class RankMonitorClient:
     """The rank's end of the pipe to its monitor, for any training loop. Method names as NVIDIA's.
 
         client = RankMonitorClient()
-        client.init_workload_monitoring()
+        client.init_workload_monitoring(calculate_timeouts=True, state_file="ft_state.json")
         for step, batch in enumerate(loader):
             train(batch)
             client.send_heartbeat(step)
-        client.shutdown_workload_monitoring()
 
-    No method waits for the monitor: when it does not read, heartbeats are dropped and all else is kept for later.
-
-    The client measures how long each clock runs, and can calculate timeouts from that. They replace the configured
-    ones at once. `state_dict` and `load_state_dict` carry them from one run to the next, `read_state` and `write_state`
-    in a file, with what is known of timeouts that have ended ranks: see examples/train_pytorch.py.
+    Nothing waits for the monitor: when it does not read, heartbeats are dropped, and all else is
+    kept for later. Nothing is measured here: the monitor does that. A copy is a new client.
     """
-
-    STATE_VERSION = 1
 
     def __init__(self) -> None:
         self.is_initialized = False
-        self.config = FaultToleranceConfig()  # as the launcher gave it, from init_workload_monitoring() on
-        self.calculated: dict[str, float] = {}  # calculated timeouts, by setting, in seconds
-        self.included: set[str] = set()  # what else than steps the heartbeat timeout came from: see saw()
-        self.killed: dict[str, int] = {}  # by setting, the step at which it ended a rank, if no later one was seen
-        self.note: str | None = None  # file in which the monitor notes that a calculated timeout ended this rank
-        self.sync_timeout: float | None = None  # seconds that ranks wait for each other; None: as their group does
-        self.seen: set[str] = set()  # since the connection: see saw()
-        self._set_aside: frozenset[str] = frozenset()  # calculated timeouts that are not in force
-        self._earlier: dict[str, float] = {}  # what earlier runs have calculated
-        self._longest: dict[str, float] = {}  # the longest time on each clock since the connection
-        self._clocks = Clocks(self.config, time.monotonic())
-        self._pipe: Connection | None = None
-        self._lock = threading.RLock()  # a thread may save a checkpoint while training goes on
-        # What must not get lost while a frozen monitor leaves the pipe full; far more than any loop sends by then.
+        self.cfg: FaultToleranceConfig | None = None  # from init_workload_monitoring() on
+        self.open_sections: set[str] = set()
+        self._pipe = -1  # file descriptor; stays open for the next connection
+        self._pid = 0  # of the process that connected; its forks have inherited this object
+        self._given: dict[str, float] = {}  # by load_state_dict()
+        self._earlier: dict[str, float] = {}  # that, and what is in state_file
+        self._lock = threading.RLock()  # threads and signal handlers may have something to say too
+        # What must not get lost while a frozen monitor leaves the pipe full.
         self._unsent: collections.deque[bytes] = collections.deque(maxlen=10_000)
 
-    def init_workload_monitoring(self, measure: Collection[str] = ()) -> None:
+    def __reduce__(self) -> Any:
+        return RankMonitorClient, ()
+
+    def init_workload_monitoring(
+        self,
+        num_warmup_iters: int | None = None,
+        calculate_timeouts: bool = False,
+        state_file: str | os.PathLike[str] | None = None,
+    ) -> None:
         """Connect to the monitor.
 
-        Sections that have an entry in `rank_section_timeouts`, and those named in `measure`, are measured, so that
-        their timeouts can be calculated. Raises RankMonitorClientError (a RuntimeError) when this process was not
-        started by ft_launcher.py or ft_monitor.py, or is connected already.
+        With `calculate_timeouts`, limits are learned from what this rank does, and kept in
+        `state_file` for later runs. `num_warmup_iters` is NVIDIA's, without a meaning here: what
+        is slow at first is a section. Raises RankMonitorClientError without a monitor, or when
+        connected already.
         """
         if self.is_initialized:
-            raise RankMonitorClientError("already connected: call shutdown_workload_monitoring() first")
-        descriptor = os.environ.get("FT_MONITOR_FD", "")
-        if not is_writable_pipe(descriptor):
-            raise RankMonitorClientError(
-                f"no pipe to a rank monitor (FT_MONITOR_FD={descriptor!r}): this process was not started by "
-                "ft_launcher. Start it with: python ft_launcher.py --nproc-per-node=N SCRIPT"
-            )
-        self.config = FaultToleranceConfig.from_environment()
-        os.set_inheritable(int(descriptor), False)
-        os.set_blocking(int(descriptor), False)
-        self._pipe = Connection(os.dup(int(descriptor)), readable=False)
-        self._clocks = Clocks(self.config, time.monotonic(), frozenset([*self.config.rank_section_timeouts, *measure]))
-        self._longest, self.seen = {}, set()
+            raise RankMonitorClientError("connected already: call shutdown_workload_monitoring()")
+        path = None if state_file is None else os.path.abspath(state_file)
+        self.cfg = FaultToleranceConfig.from_environment()
+        if self._pid != os.getpid():
+            self._pipe, self._pid = connect(), os.getpid()
+            self._announce_the_end()
         self.is_initialized = True
-        self._report_uncaught_errors()
-        self._send("init", rank=rank_number(), stacks=arm_stacks())
-        if self.calculated:
-            self._send_timeouts()
+        self._send("init", calculate=calculate_timeouts, state_file=path)
+        state = within(FILE_SECONDS, lambda: State.read(path)) if path else State()
+        if isinstance(state, State):
+            self._earlier = {**state.longest, **self._given}
+        else:
+            warn(f"starting without what was learned: {state or f'{path} does not answer'}")
+        self._send_earlier()
 
     def send_heartbeat(self, step: int | None = None) -> None:
-        """Say that this rank is alive, at `step` of the training where it is known."""
-        self._send("heartbeat", step=None if step is None else int(step))
+        """Say that this rank is alive, with the number of batches done where it is known."""
+        if not self.is_initialized:
+            raise RankMonitorClientError(NOT_CONNECTED)
+        # By hand: json.dumps takes longer than all the rest.
+        line = b'{"type": "heartbeat", "time": %.6f, "step": ' % time.monotonic()
+        line += b"null}\n" if step is None else b"%d}\n" % step
+        if self._unsent:
+            self._flush()
+        try:
+            os.write(self._pipe, line)
+        except BlockingIOError:
+            pass  # the monitor does not read: frozen, or its host overloaded
+        except OSError:
+            self._reopen()
 
     def start_section(self, section: str) -> None:
-        """Enter a named section; sections may nest and overlap, but a name can be open only once."""
-        if section in self._clocks.sections:
-            raise RankMonitorClientError(f"section {section!r} is open already: call end_section({section!r}) first")
+        """Enter a named section. Sections may overlap, but each name can be open only once."""
+        if section in self.open_sections:
+            raise RankMonitorClientError(f"section {section!r} is open: call end_section() first")
         self._send("section", name=section, open=True)
+        self.open_sections.add(section)
 
     def end_section(self, section: str) -> None:
         """Leave a named section, which must be open."""
-        if section not in self._clocks.sections:
-            raise RankMonitorClientError(f"section {section!r} is not open: call start_section({section!r}) first")
+        if section not in self.open_sections:
+            raise RankMonitorClientError(f"section {section!r} is not open: call start_section()")
         self._send("section", name=section, open=False)
+        self.open_sections.discard(section)
 
     def end_all_sections(self) -> None:
-        """Leave all sections that are open."""
-        for section in sorted(self._clocks.sections):
+        for section in sorted(self.open_sections):
             self.end_section(section)
 
-    def report_saved(self, step: int) -> None:
-        """Say that the checkpoint of `step` is safely on disk. Without a connection, do nothing."""
-        if self.is_initialized:
-            self._send("saved", step=int(step))
+    def report_saved(self, step: int, checkpoint: str | os.PathLike[str] | None = None) -> None:
+        """Say that the checkpoint of `step` is safely on disk, at this path."""
+        self._send("saved", step=int(step), checkpoint=checkpoint and os.fspath(checkpoint))
+
+    def training_complete(self, **values: Any) -> None:
+        """Say that training is complete. When the script ends well, the monitor creates the file
+        $FAULT_TOL_FINISHED_FLAG_FILE, with these values as JSON."""
+        flag = os.environ.get(FLAG_VARIABLE)
+        self._send("complete", flag=flag and os.path.abspath(flag), values=values)
+
+    def report_error(self, error: BaseException) -> None:
+        """Tell of an exception that may end the script."""
+        self._send("error", error=describe_error(error))
 
     def send_workload_control_request(self, req: WorkloadControlRequest) -> None:
-        """Ask the launcher for an action, which it takes when this attempt ends: when a rank fails."""
+        """Ask the launcher for an action, which it takes when this attempt ends."""
         self._send("request", action=req.action.name, reason=req.description)
 
-    def shutdown_workload_monitoring(self, error: str | None = None) -> None:
-        """End monitoring: training is over, or failed with `error`. Without a connection, do nothing."""
-        if self._pipe is None:
-            return
-        self._send("bye", error=error)
-        self._pipe.close()
-        self._pipe, self.is_initialized = None, False
-        self._unsent.clear()
+    def shutdown_workload_monitoring(self) -> None:
+        """Let monitoring rest until the script ends. Without a connection, do nothing."""
+        if self.is_initialized:
+            self._send("shutdown")
+            self.is_initialized = False
+            self.open_sections.clear()
+
+    # -- limits, which the monitor learns
 
     @property
-    def open_sections(self) -> frozenset[str]:
-        return frozenset(self._clocks.sections)
-
-    # -- timeouts
-
-    def timeouts_in_force(self) -> dict[str, float]:
-        """The timeouts that are set, configured and calculated, in seconds, by setting."""
-        return self.config.with_calculated(self._in_force()).timeouts()
-
-    @property
-    def hb_timeouts(self) -> HeartbeatTimeouts:
-        config = self.config.with_calculated(self._in_force())
-        calculated = "rank_heartbeat_timeout" in self._in_force()
-        return HeartbeatTimeouts(config.initial_rank_heartbeat_timeout, config.rank_heartbeat_timeout, calculated)
+    def hb_timeouts(self) -> HeartbeatTimeouts | None:
+        """None before init_workload_monitoring()."""
+        if not self.is_initialized:
+            return None
+        report = self._report()
+        limits, learned = report.limits, report.learned
+        return HeartbeatTimeouts(limits.get(INITIAL), limits.get(HEARTBEAT), HEARTBEAT in learned)
 
     @property
-    def section_timeouts(self) -> SectionTimeouts:
-        in_force = self._in_force()
-        config = self.config.with_calculated(in_force)
-        calculated = frozenset(filter(None, map(section_of, in_force)))
-        is_calculated = "rank_out_of_section_timeout" in in_force
-        return SectionTimeouts(
-            config.rank_section_timeouts, config.rank_out_of_section_timeout, calculated, is_calculated
-        )
+    def section_timeouts(self) -> SectionTimeouts | None:
+        """None before init_workload_monitoring()."""
+        if not self.is_initialized:
+            return None
+        report = self._report()
+        limits, learned = report.limits, report.learned
+        sections = {section_of(clock): seconds for clock, seconds in limits.items()}
+        sections.pop("", None)
+        calculated = frozenset(map(section_of, learned)) - {""}
+        outside = limits.get(OUT_OF_SECTION)
+        return SectionTimeouts(sections, outside, calculated, OUT_OF_SECTION in learned)
 
-    def calculate_and_set_hb_timeouts(self, skip_if_not_ready: bool = False, *, calc_initial: bool = True) -> bool:
-        """Calculate the timeouts of heartbeats from what all ranks have seen since they connected.
-
-        All ranks must call it, at the same place. Returns True when new timeouts are in force. When some rank has
-        not seen enough, returns False if `skip_if_not_ready`, and raises RankMonitorClientError otherwise.
-        """
-        initial = ["initial_rank_heartbeat_timeout"] if calc_initial else []
-        return self._calculate(["rank_heartbeat_timeout", *initial], skip_if_not_ready)
+    def calculate_and_set_hb_timeouts(
+        self, skip_if_not_ready: bool = False, calc_initial: bool = True
+    ) -> bool:
+        """Let the limits of heartbeats be learned, as soon as one was seen. Returns True."""
+        return self._calculate([HEARTBEAT, *[INITIAL] * calc_initial])
 
     def calculate_and_set_section_timeouts(
         self,
@@ -727,261 +920,171 @@ class RankMonitorClient:
         calc_out_of_section: bool = True,
         skip_if_not_ready: bool = False,
     ) -> bool:
-        """As calculate_and_set_hb_timeouts(), for the selected sections, by default all that are measured."""
-        sections = self._clocks.measured if selected_sections is None else selected_sections
-        outside = ["rank_out_of_section_timeout"] if calc_out_of_section else []
-        return self._calculate([*map(section_setting, sorted(sections)), *outside], skip_if_not_ready)
-
-    def set_timeouts_aside(self, *settings: str) -> None:
-        """Put the configured timeouts in force instead of these calculated ones, until they are calculated again."""
-        self._set_aside = self._set_aside.union(settings)
-        self._send_timeouts()
-
-    def observe(self, setting: str, seconds: float) -> None:
-        """Count a time that this client could not measure itself, such as one spent in another thread."""
-        self._longest[setting] = max(seconds, self._longest.get(setting, 0.0))
-
-    def saw(self, what: str) -> None:
-        """Say that this run has been through something, such as "validation", whose heartbeats differ from steps'.
-
-        All ranks must say so at the same place. A run that has not seen yet what the heartbeat timeout of earlier runs
-        came from makes it longer only: the mean of both would be too short for it.
-        """
-        self.seen.add(what)
-
-    def judge(self, kills: Mapping[str, int]) -> list[str]:
-        """Widen each calculated timeout that has ended ranks twice with no new step in between; return a line for each.
-
-        `kills`: by setting, the step at which it ended ranks since the last judgement; -1 is no step known. A timeout
-        that fits no longer, because the work has changed, would otherwise end every attempt for ever. One that is
-        right, and has met a hang that comes again at the same step, is only late afterwards, not gone.
-        """
-        lines = []
-        for name, step in kills.items():
-            if name in self.calculated and step <= self.killed.get(name, -2):
-                lines.append(self._widen(name, f"ended ranks twice, and got no further than step {self.killed[name]},"))
-                if name == section_setting(FIRST_BATCH) and HEARTBEAT in self.calculated:
-                    lines.append(self._widen(HEARTBEAT, "is most likely as wrong"))
-            self.killed[name] = step
-        return lines
-
-    def _widen(self, name: str, why: str) -> str:
-        config = FaultToleranceConfig.from_environment()  # perhaps not connected yet
-        old = max(self.calculated[name], config.min_timeout)
-        self.calculated[name] = self._earlier[name] = round(old * max(config.safety_factor, 2), 3)
-        return f"timeout widened: {name} of {old:g} s {why} and is now {self.calculated[name]:g} s"
+        """The same for the limits of sections, by default of all."""
+        clocks = ["rank_section_timeouts"]
+        if selected_sections is not None:
+            clocks = [section_clock(section) for section in selected_sections]
+        return self._calculate([*clocks, *[OUT_OF_SECTION] * calc_out_of_section])
 
     def state_dict(self) -> dict[str, Any]:
-        """What a later run can be given by load_state_dict(); the same on all ranks after a calculation."""
-        state: dict[str, Any] = {"version": self.STATE_VERSION, "timeouts": dict(self.calculated)}
-        more = {"included": sorted(self.included), "killed": dict(self.killed)}
-        return state | {name: value for name, value in more.items() if value}
+        """What a later run can be given by load_state_dict()."""
+        return {"longest": State(self._earlier).after([self._report()], "this run").longest}
 
-    def load_state_dict(self, state: Mapping[str, Any], notes: str | os.PathLike[str] | None = None) -> None:
-        """Take over the timeouts of an earlier run, before or after init_workload_monitoring().
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what an earlier run has learned, before or after init_workload_monitoring().
 
-        They are in force at once, for clocks that run already too: leave sections, and send a heartbeat, before. An
-        empty state, as of a checkpoint from before, changes nothing. `notes`: the directory of read_state(), in which
-        monitors are to note what ends ranks. Raises ConfigError (a ValueError) for a state that is not one.
+        Raises ConfigError (a ValueError) for a state that is not one.
         """
-        if notes is not None:
-            self.note = str(Path(notes).absolute() / f"killed_rank{rank_number()}.json")
-        if not isinstance(state, Mapping) or (state and state.get("version") != self.STATE_VERSION):
-            raise ConfigError(f"got {str(state)[:100]}, expected a state of version {self.STATE_VERSION}")
-        if state:
-            self.calculated, self.included, self.killed = parse_state(state)
-            self._earlier = dict(self.calculated)
+        if "longest" in state:
+            self._given = parse_longest(state["longest"])
+            self._earlier = {**self._earlier, **self._given}
+        elif state:
+            warn("ignoring a state that is not ours, such as NVIDIA's: limits are learned again")
         if self.is_initialized:
-            self._send_timeouts()
+            self._send_earlier()
 
-    def read_state(self, directory: str | os.PathLike[str]) -> list[str]:
-        """Take over what write_state() left in a directory, and judge() what monitors have noted there since.
+    def _send_earlier(self) -> None:
+        for clock, seconds in self._earlier.items():
+            self._send("learned", longest={clock: seconds})
 
-        Returns lines that a person should see. For one rank, which gives its state_dict() to the others: each loads it
-        with load_state_dict(state, notes=directory). Raises OSError if a judgement cannot be written.
-        """
-        path, lines = Path(directory) / STATE_FILE, []
-        try:
-            self.load_state_dict(json.loads(path.read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            pass  # this is the first run
-        except (OSError, ValueError, RecursionError) as error:
-            lines.append(f"ignoring the stored timeouts in {path}: {error}; calculating anew")
-        notes = sorted(Path(directory).glob("killed_rank*.json"))
-        lines += self.judge(read_kills(notes))
-        if notes:
-            self.write_state(directory)
-        for note in notes:
-            note.unlink()
-        return lines
-
-    def write_state(self, directory: str | os.PathLike[str]) -> None:
-        """Keep the state in a directory, which is created if missing. For one rank. Raises OSError."""
-        path = Path(directory) / STATE_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {**self.state_dict(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}, indent=2)
-
-    def _report_uncaught_errors(self) -> None:
-        """Let the monitor know of the exception that ends the process, unless monitoring is over by then."""
-        previous, pid = sys.excepthook, os.getpid()
-
-        def report(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-            if os.getpid() == pid:  # a forked child has inherited this
-                self.shutdown_workload_monitoring(describe_error(error))
-            previous(kind, error, trace)
-
-        sys.excepthook = report
-
-    def _calculate(self, settings: Sequence[str], skip_if_not_ready: bool) -> bool:
-        if self._pipe is None:
-            raise RankMonitorClientError("not connected: call init_workload_monitoring() first")
-        # The monitor's heartbeat clock, unlike ours, goes on during a section that has no timeout yet.
-        untimed = [section_setting(name) for name in sorted(self._clocks.measured)]
-        asked = sorted({*settings, *untimed})
-        now = time.monotonic()
-        for clock in self._clocks.running():  # a time that still runs counts as far as it has come
-            if clock.setting == "rank_out_of_section_timeout":
-                self.observe(clock.setting, now - clock.since)
-        seen = maximum_of_ranks([self._longest.get(name, 0.0) for name in asked], self.sync_timeout)
-        longest = dict(zip(asked, seen, strict=True))
-        missing = [name for name in settings if not longest[name]]
-        if missing and skip_if_not_ready:
-            return False
-        if missing:
-            raise RankMonitorClientError(f"not enough data to calculate {', '.join(missing)}: no rank has seen it yet")
-        timed = {*settings, *self._in_force()} | {section_setting(name) for name in self.config.rank_section_timeouts}
-        in_steps = sum(longest[name] for name in untimed if name not in timed)
-        factor, floor = self.config.safety_factor, self.config.min_timeout
-        for name in settings:
-            extra, fades = (in_steps, self.included <= self.seen) if name == HEARTBEAT else (0.0, True)
-            self.calculated[name] = calculated_timeout(
-                longest[name] + extra, factor, floor, self._earlier.get(name), fades
-            )
-        if HEARTBEAT in settings:
-            self.included |= self.seen
-        # A kill is forgotten with steps beyond it, not with those before it, which were made twice.
-        step = math.inf if self._clocks.step is None else self._clocks.step
-        self.killed = {name: at for name, at in self.killed.items() if at >= step}
-        self._set_aside = self._set_aside.difference(settings)
-        self._send_timeouts()
+    def _calculate(self, clocks: list[str]) -> bool:
+        for clock in clocks:  # one each: a message has a limited size
+            self._send("calculate", clock=clock)
         return True
 
-    def _in_force(self) -> dict[str, float]:
-        floor = self.config.min_timeout
-        return {name: max(value, floor) for name, value in self.calculated.items() if name not in self._set_aside}
-
-    def _send_timeouts(self) -> None:
-        fields = {"calculated": self._in_force(), "note": self.note}
-        size = len(encode_message("timeouts", **fields))
-        if size > MAX_MESSAGE_BYTES:  # which the monitor would skip
-            raise RankMonitorClientError(
-                f"timeouts of {len(self._clocks.measured)} sections take {size:,} bytes, at most {MAX_MESSAGE_BYTES:,} "
-                "fit into a message: measure fewer sections, or give them shorter names"
-            )
-        self._send("timeouts", **fields)
+    def _report(self) -> Report:
+        """What the monitor has written, or would write before it hears of anything."""
+        try:
+            return Report.read(evidence_path("json"))
+        except (OSError, ValueError):
+            return Report(rank_number(), limits=(self.cfg or FaultToleranceConfig()).limits())
 
     # -- the pipe
 
     def _send(self, kind: str, **fields: Any) -> None:
-        if self._pipe is None:
-            raise RankMonitorClientError("not connected: call init_workload_monitoring() first")
-        with self._lock:
-            laps = self._clocks.hear({"type": kind, **fields}, time.monotonic())
-            self._write(self._pipe.fileno(), encode_message(kind, **fields), keep=kind != "heartbeat")
-            for lap in laps:
-                self._count(lap)
+        if not self.is_initialized:
+            raise RankMonitorClientError(NOT_CONNECTED)
+        self._unsent.append(encode_message(kind, **fields))
+        self._flush()
 
-    def _write(self, descriptor: int, line: bytes, keep: bool) -> None:
-        if not keep and is_half_full(descriptor):
-            return  # the other half is kept for what must not get lost
-        try:
+    def _flush(self) -> None:
+        with self._lock:
             while self._unsent:
-                os.write(descriptor, self._unsent[0])
-                self._unsent.popleft()
-            os.write(descriptor, line)
-        except BlockingIOError:  # the monitor does not read (frozen, or its host overloaded): training goes on
-            if keep:
-                self._unsent.append(line)
-        except OSError:
+                message = self._unsent.popleft()
+                try:
+                    os.write(self._pipe, message)
+                except OSError as error:
+                    self._unsent.appendleft(message)
+                    if isinstance(error, BlockingIOError):
+                        return  # the monitor does not read: training goes on
+                    self._reopen()
+
+    def _reopen(self) -> None:
+        """The script has closed our descriptor, as daemons close all that they find."""
+        try:
+            self._pipe = connect()
+        except RankMonitorClientError:
             self._unsent.clear()  # the monitor is gone, and the kernel ends this process with it
 
-    def _count(self, lap: Lap) -> None:
-        if lap.limit is not None and lap.seconds > lap.limit + SUSPENDED_SECONDS:
-            return  # only a rank that was suspended together with its monitor outlives a limit
-        self.observe(lap.setting, lap.seconds)
-        limit = self._in_force().get(HEARTBEAT, math.inf)
-        if lap.setting == section_setting(FIRST_BATCH) and FIRST_BATCH in self._clocks.measured and lap.seconds > limit:
-            self.set_timeouts_aside(HEARTBEAT)  # the next steps may take as long: see first how long they do
-        if lap.setting in self._clocks.calculated and lap.limit is not None and lap.seconds > lap.limit / 2:
-            # It nearly ran out: the work has changed since it was calculated. Waiting for the next calculation,
-            # or for the other ranks, could be too late.
-            self.calculated[lap.setting] = max(lap.seconds * self.config.safety_factor, lap.limit)
-            self._send_timeouts()
+    def _announce_the_end(self) -> None:
+        """Say bye when the main thread ends, also while other threads keep the process alive."""
+        import atexit
+
+        def bye() -> None:
+            if os.getpid() == self._pid:
+                error = getattr(sys, "last_value", None)  # what ended the main thread
+                text = None if error is None else describe_error(error)
+                self._unsent.append(encode_message("bye", error=text))
+                self._flush()
+
+        def wait() -> None:
+            threading.main_thread().join()
+            bye()
+
+        atexit.register(bye)
+        threading.Thread(target=wait, daemon=True, name="ft_monitor").start()
 
 
-def calculated_timeout(longest: float, factor: float, floor: float, earlier: float | None, fades: bool = True) -> float:
-    """A timeout from the longest time seen, in seconds; the mean with an earlier one, so that outliers fade.
+NOT_CONNECTED = "not connected: call init_workload_monitoring() first"
+NO_MONITOR = (
+    "this process was not started by ft_launcher: python ft_launcher.py --nproc-per-node=N SCRIPT"
+)
 
-    Unless it `fades`, it is not shorter than the earlier one.
+
+def connect() -> int:
+    """A descriptor of our own for the pipe to the monitor, which can have our stacks from now on.
+
+    faulthandler writes those even while the main thread is stuck in C code with the interpreter's
+    lock. Raises RankMonitorClientError.
     """
-    timeout = longest * factor
-    if earlier is not None:
-        timeout = (timeout + earlier) / 2 if fades else max(timeout, earlier)
-    return round(max(timeout, floor, longest), 3)
+    import faulthandler
+
+    if "FT_MONITOR_FD" not in os.environ:
+        raise RankMonitorClientError(NO_MONITOR)
+    pipe = open_of_monitor("FT_MONITOR_FD", os.O_NONBLOCK)
+    try:
+        stacks = open_of_monitor("FT_STACKS_FD", os.O_APPEND)
+        faulthandler.register(STACKS_SIGNAL, file=stacks, all_threads=True, chain=False)
+    except (RankMonitorClientError, RuntimeError):
+        pass  # no stacks, then
+    return pipe
 
 
-def parse_state(state: Mapping[str, Any]) -> tuple[dict[str, float], set[str], dict[str, int]]:
-    """The calculated timeouts in a client's state, what they came from, and the steps at which they ended ranks."""
-    timeouts = state.get("timeouts")
-    if not isinstance(timeouts, Mapping):
-        raise ConfigError(f"timeouts: got {timeouts!r}, expected seconds by setting")
-    FaultToleranceConfig().with_calculated(timeouts)
-    included, killed = state.get("included", []), state.get("killed", {})
-    if not isinstance(included, list) or not isinstance(killed, Mapping):
-        raise ConfigError(f"included, killed: got {included!r}, {killed!r}, expected a list, and steps by setting")
-    if not all(isinstance(step, int) for step in killed.values()):
-        raise ConfigError(f"killed: got {killed!r}, expected steps by setting")
-    calculated = {str(name): parse_positive(seconds) for name, seconds in timeouts.items()}
-    return calculated, set(map(str, included)), dict(killed)
+def open_of_monitor(variable: str, flags: int) -> int:
+    """A descriptor of our own for what the monitor has open.
+
+    Through the monitor's /proc, it is found whatever a wrapper (conda run) or the script has
+    closed. Its number is high: were it closed, files that are opened next get low ones, and no
+    heartbeat lands in them.
+    """
+    import fcntl
+    import resource
+
+    path = f"/proc/{os.environ.get('FT_MONITOR_PID')}/fd/{os.environ.get(variable)}"
+    try:
+        low = os.open(path, os.O_WRONLY | flags)
+        most = min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 4096)
+        high = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, most // 2)
+    except OSError as error:
+        reason = "it has ended, or sudo or a container is in between: start the launcher inside"
+        raise RankMonitorClientError(
+            f"no rank monitor at {path}, {error.strerror}: {reason}"
+        ) from None
+    os.close(low)
+    return high
 
 
-def read_kills(notes: Sequence[Path]) -> dict[str, int]:
-    """By setting, the highest step at which monitors noted that a calculated timeout ended their rank."""
-    kills: dict[str, int] = {}
-    for note in notes:
+def within(seconds: float, function: Callable[[], Any]) -> Any:
+    """What a function returns, or the OSError or ValueError it raises; None if it takes longer.
+
+    For file systems, which may never answer: the thread is left behind then.
+    """
+    results: list[Any] = []
+
+    def call() -> None:
         try:
-            verdict = json.loads(note.read_text(encoding="utf-8"))
-            setting, step = str(verdict["setting"]), verdict["step"]
-            step = -1 if step is None else int(step)
-        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            continue  # it stands for one kill; the next is noted again
-        kills[setting] = max(kills.get(setting, -1), step)
-    return kills
+            results.append(function())
+        except (OSError, ValueError) as error:
+            results.append(error)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return results[0] if results else None
 
 
-def maximum_of_ranks(values: Sequence[float], within: float | None = None) -> list[float]:
-    """The maximum over all ranks of each value, if there is a process group; else the values.
+def warn(text: str) -> None:
+    import logging
 
-    Raises RuntimeError when the other ranks do not take part within these seconds, by default the timeout of the
-    process group: a rank may have to wait for another that does something alone, for as long as in any collective.
-    """
-    dist = sys.modules.get("torch.distributed")  # whoever has a process group has imported it
-    if dist is None or not dist.is_available() or not dist.is_initialized():
-        return list(values)
-    torch = sys.modules["torch"]
-    on_cpu = any(name in dist.get_backend() for name in ("gloo", "mpi"))
-    device = torch.device("cpu") if on_cpu else torch.accelerator.current_accelerator()
-    tensor = torch.tensor(values, dtype=torch.float64, device=device)
-    work = dist.all_reduce(tensor, op=dist.ReduceOp.MAX, async_op=True)
-    work.wait(*([] if within is None else [datetime.timedelta(seconds=within)]))
-    return [float(value) for value in tensor.tolist()]
+    logging.getLogger("ft_monitor").warning("%s", text)
 
 
 def is_library(file: str) -> bool:
-    """Whether a line of a stack belongs to Python, to an installed package or to these modules, not to the user."""
-    stdlib = os.path.dirname(os.__file__)
-    own = os.path.basename(file) in ("ft_monitor.py", "ft_callback.py")
-    return own or file.startswith(("<frozen", stdlib)) or "site-packages" in file or "dist-packages" in file
+    """Whether a line of a stack is Python's, an installed package's or ours, not the user's."""
+    is_ours = os.path.basename(file) in ("ft_monitor.py", "ft_callback.py")
+    return (
+        is_ours or file.startswith(("<frozen", os.path.dirname(os.__file__))) or "-packages" in file
+    )
 
 
 def describe_error(error: BaseException) -> str:
@@ -989,46 +1092,24 @@ def describe_error(error: BaseException) -> str:
 
     What failed in a DataLoader worker is the last line of its text, below the worker's traceback.
     """
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not is_library(frame.filename)]
-    place = f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno} in {frames[-1].name})" if frames else ""
-    lines = f"{type(error).__name__}: {error}".removesuffix(": ").strip().splitlines()
-    text = " ".join(" ".join(lines).split())
+    import re
+    import traceback
+
+    frames = traceback.extract_tb(error.__traceback__)
+    users = [frame for frame in frames if not is_library(frame.filename)]
+    text = re.sub(r"\x1b\[[0-9;]*m", "", f"{type(error).__name__}: {error}")  # without colours
+    lines = [" ".join(line.split()) for line in text.removesuffix(": ").strip().splitlines()]
+    text = " ".join(lines)
     if len(text) > 300:
-        text = f"{text[:300]}..." if len(lines) == 1 else f"{lines[0].strip()[:150]} ... {lines[-1].strip()[:150]}"
-    return text + place
+        text = f"{text[:300]}..." if len(lines) == 1 else f"{lines[0][:150]} ... {lines[-1][:150]}"
+    for frame in users[-1:]:
+        text += f" ({os.path.basename(frame.filename)}:{frame.lineno} in {frame.name})"
+    return text
 
 
-def arm_stacks() -> bool:
-    """Let this process write the stacks of all its threads when it gets STACKS_SIGNAL; return whether it will.
-
-    faulthandler answers even while the main thread is stuck in C code and holds the interpreter's lock.
-    """
-    path = evidence_path("stacks.txt")
-    if path is None or threading.current_thread() is not threading.main_thread():
-        return False
-    try:
-        file = open(path, "ab")  # noqa: SIM115  faulthandler keeps it
-        faulthandler.register(STACKS_SIGNAL, file=file, all_threads=True, chain=False)
-    except (OSError, ValueError, RuntimeError):
-        return False
-    return True
-
-
-def is_half_full(descriptor: int) -> bool:
-    try:
-        unread: int = struct.unpack("i", fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4)))[0]
-        return unread > PIPE_BYTES // 2
-    except OSError:
-        return False
-
-
-def is_writable_pipe(descriptor: str) -> bool:
-    try:
-        number = int(descriptor)
-        is_writable = fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY
-        return is_writable and stat.S_ISFIFO(os.fstat(number).st_mode)
-    except (ValueError, OverflowError, OSError):
-        return False
+def section_of(clock: str) -> str:
+    """The section that a clock is of; empty if it is of none."""
+    return clock.partition("[")[2][:-1]
 
 
 def rank_number() -> int:
@@ -1037,15 +1118,31 @@ def rank_number() -> int:
     return int(text) if text.isdecimal() else 0
 
 
-def evidence_path(kind: str) -> Path | None:
-    """This rank's file in the evidence of this attempt; None without a launcher."""
-    directory = os.environ.get("FT_RUN_DIR")
-    if not directory:
-        return None
-    return Path(directory) / f"attempt_{os.environ.get('FT_ATTEMPT') or 0}" / f"rank{rank_number()}.{kind}"
+def attempt_number() -> int:
+    text = os.environ.get("FT_ATTEMPT") or "0"
+    return int(text) if text.isdecimal() else 0
 
 
-# ------------------------------------------------------------------------------------------------- processes
+def evidence_path(kind: str) -> str:
+    """This rank's file in the evidence of this attempt, of kind "json" or "stacks.txt"."""
+    directory = os.environ.get("FT_RUN_DIR", "")
+    return os.path.join(directory, f"attempt_{attempt_number()}", f"rank{rank_number()}.{kind}")
+
+
+def progress_files() -> list[str]:
+    """Where the newest checkpoint is noted: for later attempts, and under autoresume.sh for later
+    runs, as {"step", "checkpoint", "time", "by"}."""
+    flag = os.environ.get(FLAG_VARIABLE)
+    here = os.path.join(os.environ.get("FT_RUN_DIR") or default_run_dir(), "progress.json")
+    return [here, f"{flag}.progress"] if flag else [here]
+
+
+def default_run_dir() -> str:
+    """Below it, each launcher keeps the evidence of its run, and a monitor without one its own."""
+    return os.path.join(os.environ.get("TMPDIR") or "/tmp", f"ft_runs_{os.getuid()}")
+
+
+# ------------------------------------------------------------------------------------ processes
 
 
 def process_control(option: int, value: int) -> None:
@@ -1054,604 +1151,1167 @@ def process_control(option: int, value: int) -> None:
         ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
-def request_death_signal(number: int) -> None:
-    """Ask the kernel to send this process `number` when its parent ends."""
-    process_control(PR_SET_PDEATHSIG, int(number))
-
-
-def session_members(session: int) -> list[int]:
-    """The processes of a session that still run, in whatever process group; zombies do not count. Linux only."""
-    members = []
-    for pid in filter(str.isdigit, os.listdir("/proc") if sys.platform == "linux" else []):
-        try:
-            stat_line = Path(f"/proc/{pid}/stat").read_bytes()
-        except OSError:
-            continue  # it ended meanwhile
-        # proc(5): pid (comm) state ppid pgrp session ...; comm may hold spaces and parentheses
-        state, _, _, its_session = stat_line.rpartition(b")")[2].split()[:4]
-        if int(its_session) == session and state not in (b"Z", b"X"):
-            members.append(int(pid))
-    return members
-
-
-def process_state(pid: int) -> dict[str, str]:
-    """What the kernel says a process does: its state (R, S, D, T ...) and where in the kernel it waits. Linux only."""
-    state = {}
-    for name, path in (("state", f"/proc/{pid}/stat"), ("wchan", f"/proc/{pid}/wchan")):
-        try:
-            state[name] = Path(path).read_text(errors="replace").rpartition(")")[2].split()[0]
-        except (OSError, IndexError):
-            continue  # no Linux, not ours to read, or it ended
-    return state
-
-
-def oom_kills() -> int:
-    """How many processes the kernel has killed for want of memory: of this control group, or else of this host.
-
-    Linux only. See memory.events in the kernel's documentation of cgroup v2, and memory.oom_control in that of v1.
-    """
-    counters = [Path("/proc/vmstat")]
+def send(pid: int, number: int, how: Callable[[int, int], None] = os.kill) -> None:
+    """Signal a process, or with os.killpg a group, that may have ended."""
     try:
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers == "memory":
-                counters.insert(0, Path(f"/sys/fs/cgroup/memory{path}/memory.oom_control"))
-            elif not controllers:
-                counters.insert(0, Path(f"/sys/fs/cgroup{path}/memory.events"))
-    except OSError:
-        pass  # not Linux
-    for counter in counters:
-        try:
-            return int(dict(line.split() for line in counter.read_text().splitlines())["oom_kill"])
-        except (OSError, KeyError):
-            continue  # not mounted here, or an older kernel
-    return 0
-
-
-def signal_session(session: int, number: int) -> None:
-    """Send a signal to every process of a session that we started and whose leader is not reaped yet."""
-    try:
-        os.killpg(session, number)  # at once and without gaps, but not to a child that made a group of its own
-    except (ProcessLookupError, PermissionError):
-        pass
-    for pid in session_members(session):
-        if process_group(pid) not in (session, None):
-            signal_process(pid, number)
-
-
-def process_group(pid: int) -> int | None:
-    try:
-        return os.getpgid(pid)
-    except ProcessLookupError:
-        return None
-
-
-def signal_process(pid: int, number: int) -> None:
-    try:
-        os.kill(pid, number)
+        how(pid, number)
     except (ProcessLookupError, PermissionError):
         pass
 
 
-def signal_main_thread(pid: int, number: int) -> None:
-    """Signal the main thread of a process: one that was stopped and is continued handles it before it goes on.
+def send_to_main_thread(pid: int, number: int) -> None:
+    """A stopped process that is continued handles this before its main thread goes on.
 
-    A signal to the process is handled by any of its threads, while the others go on from where they were.
+    A signal to the process is handled by any of its threads, while the others go on.
     """
     try:
         ctypes.CDLL(None).tgkill(pid, pid, number)
     except AttributeError:  # glibc has it since 2.30
-        signal_process(pid, number)
+        send(pid, number)
 
 
-def kill_session(session: int, within: float = REAP_SECONDS) -> list[int]:
-    """SIGKILL every process of a session, wait until they are gone, and return those that are not (D state)."""
-    deadline = time.monotonic() + within
+def descendants(pid: int) -> list[int]:
+    """The processes that descend from a process and still run; zombies do not count. Linux only.
+
+    Those of a subreaper stay its descendants, whatever session they make for themselves.
+    """
+    children: dict[int, list[tuple[int, bytes]]] = {}
+    for name in filter(str.isdigit, os.listdir("/proc") if sys.platform == "linux" else []):
+        try:
+            with open(f"/proc/{name}/stat", "rb") as file:
+                # proc(5): pid (comm) state ppid ...; comm may hold spaces and parentheses
+                state, parent = file.read().rpartition(b")")[2].split()[:2]
+        except (OSError, ValueError):
+            continue  # it ended meanwhile
+        children.setdefault(int(parent), []).append((int(name), state))
+    found, queue = [], [pid]
+    while queue:
+        young = children.get(queue.pop(), [])
+        queue += [child for child, _ in young]
+        found += [child for child, state in young if state not in b"ZX"]
+    return found
+
+
+def kill_descendants(but: Collection[int] = ()) -> list[int]:
+    """SIGKILL all that descends from this process; return what does not end (D state)."""
+    deadline = time.monotonic() + REAP_SECONDS
     while True:
-        signal_session(session, signal.SIGKILL)
-        left = session_members(session)
+        left = [pid for pid in descendants(os.getpid()) if pid not in but]
+        for pid in left:
+            send(pid, signal.SIGKILL)
         if not left or time.monotonic() > deadline:
             return left
-        time.sleep(0.01)
+        time.sleep(0.005)
 
 
-def write_json(path: Path, values: Mapping[str, Any], durable: bool = False, indent: int | None = None) -> None:
-    """Write beside the file and rename, so that a reader never sees half; `durable` survives a power cut too."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def process_status(pid: int, name: str) -> str:
+    """A line of /proc/PID/status, such as State or SigCgt; empty where there is none."""
+    try:
+        with open(f"/proc/{pid}/status", errors="replace") as file:
+            return next((x.partition(":")[2].strip() for x in file if x.startswith(f"{name}:")), "")
+    except OSError:
+        return ""  # it ended, or this is no Linux
+
+
+def oom_kills() -> int:
+    """How many processes the kernel has killed for want of memory: of this control group (v2), or
+    else of this host."""
+    counters = ["/proc/vmstat"]
+    try:
+        with open("/proc/self/cgroup") as file:
+            paths = [line.strip().removeprefix("0::") for line in file if line.startswith("0::")]
+        counters[:0] = [f"/sys/fs/cgroup{path}/memory.events" for path in paths]
+    except OSError:
+        pass  # not Linux
+    for counter in counters:
+        try:
+            with open(counter) as file:
+                return int(dict(line.split() for line in file)["oom_kill"])
+        except (OSError, KeyError, ValueError):
+            continue  # not mounted here, or an older kernel
+    return 0
+
+
+# ---------------------------------------------------------------------------------------- files
+
+
+def to_text(values: Mapping[str, Any], indent: int | None = None) -> str:
+    return json.dumps(values, indent=indent) + "\n"
+
+
+def write_file(path: str | os.PathLike[str], text: str, durable: bool = False) -> None:
+    """Write beside the file and rename, so that a reader never sees half of it.
+
+    `durable` survives a power cut too. Raises OSError, and leaves nothing behind then.
+    """
+    directory, name = os.path.split(os.path.abspath(path))
+    # Launchers in containers have the same pid on all nodes.
+    beside = os.path.join(directory, f".{name}.{os.uname().nodename}.{os.getpid()}.tmp")
     try:
         with open(beside, "w", encoding="utf-8") as file:
-            json.dump(values, file, indent=indent)
-            file.write("\n")
+            file.write(text)
             file.flush()
             if durable:
                 os.fsync(file.fileno())
         os.replace(beside, path)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
+    finally:
+        if os.path.lexists(beside):
+            os.unlink(beside)
 
 
-# --------------------------------------------------------------------------------------------------- monitor
+class Writer:
+    """Writes files in a thread: what decides about a rank never waits for a file system.
+
+    Of several texts for one file, the last counts. What cannot be written costs a line. A
+    directory that a cleaner has removed from /tmp is made again.
+    """
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        self._texts: dict[str, str] = {}  # by path
+        self._changed = threading.Condition()
+        self._failed: set[str] = set()  # the last time
+
+    def start(self) -> None:
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def put(self, path: str, text: str) -> None:
+        with self._changed:
+            self._texts.pop(path, None)
+            self._texts[path] = text
+            self._changed.notify_all()
+
+    def finish(self, seconds: float) -> bool:
+        """Wait until all is written, but not longer; return whether it is."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._texts, seconds)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._texts)
+                path, text = next(iter(self._texts.items()))
+            self._write(path, text)
+            with self._changed:
+                if self._texts[path] is text:
+                    del self._texts[path]
+                self._changed.notify_all()
+
+    def _write(self, path: str, text: str) -> None:
+        try:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            write_file(path, text)
+            self._failed.discard(path)
+        except OSError as error:
+            if path not in self._failed:
+                self._log.warning("cannot write %r: %s", path, error.strerror)
+            self._failed.add(path)
+
+
+class Log:
+    """This program's own lines on stderr, each begun with who speaks.
+
+    What reads them may have stopped, or be on a file system that hangs: nobody waits for it.
+    """
+
+    LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+
+    def __init__(self, prefix: str, level: str = "INFO") -> None:
+        self.prefix = prefix
+        self.lowest = self.LEVELS.index(level)
+
+    def _write(self, level: int, text: str, *values: Any) -> None:
+        if level < self.lowest:
+            return
+        lines = (text % values if values else text).split("\n")
+        data = "".join(f"[{self.prefix}] {line}\n" for line in lines).encode(errors="replace")
+        within(LOG_SECONDS, lambda: os.write(2, data))
+
+    debug = functools.partialmethod(_write, 0)
+    info = functools.partialmethod(_write, 1)
+    warning = functools.partialmethod(_write, 2)
+    error = functools.partialmethod(_write, 3)
+
+
+# -------------------------------------------------------------------------------------- monitor
+
+
+@dataclasses.dataclass
+class Ending:
+    """How a rank is being ended: see the table at the head of this file."""
+
+    end: End
+    reason: str
+    signal: int  # that it is sent first, unless that is SIGKILL
+    kill_at: float  # monotonic
+    to_rank_alone: bool = False  # DataLoader workers that end first would make it fail
+    wants_stacks: bool = False
+    may_save: bool = False  # only: a survivor is killed as soon as no checkpoint is being saved
+    is_killed: bool = False
 
 
 class RankMonitor:
-    """Supervises one rank from its start to its end.
+    """One rank, from its start to its end: what it says, and what is done to it.
 
-    `command` is the rank's command line; `grace` the seconds a stopped rank has to end by itself; `parent_pid` the
-    launcher's, whose death ends the rank; `report_path` takes the report, a JSON object that tells how the rank does.
+    `command` is the rank's command line; `grace` the seconds that a stopped rank has to end;
+    `launcher_pid`: whose death ends the rank, by default our parent's.
     """
 
     def __init__(
         self,
         command: Sequence[str],
         config: FaultToleranceConfig,
-        grace: float = DEFAULT_GRACE_SECONDS,
-        parent_pid: int | None = None,
-        report_path: Path | None = None,
+        log: Log,
+        grace: float = GRACE_SECONDS,
+        launcher_pid: int = 0,
     ) -> None:
         self.command = list(command)
         self.config = config
+        self.log = log
         self.grace = grace
-        self.parent_pid = os.getppid() if parent_pid is None else parent_pid
-        self.report_path = report_path
-        self.report_written = -math.inf  # when
-        self.report_is_old = False
-        self.report_failed = False  # the last time; a file system that fails may come back
-        self.oom_kills = oom_kills()
-        self.clocks = Clocks(config, time.monotonic())
-        self.reader = MessageReader()
-        self.half_time: Clock | None = None  # the last clock whose half was warned of
-        self.half_time_warnings = HALF_TIME_WARNINGS  # left
-        self.slowest: dict[str, float] = {}  # the longest times that were warned of, by setting, in seconds
-        self.rank: subprocess.Popen[bytes]  # from _start() on
-        self.pipe: Connection | None = None  # read end; None again when no process holds the write end
-        self.signals, self._signals_in = os.pipe()  # numbers of the signals that arrived
-        self.is_survivor = False  # of a failed peer, and may only finish saving a checkpoint
-        self.kill_at: float | None = None  # set when the rank is being stopped: SIGKILL follows then
-        self.abandon_at: float | None = None  # set with SIGKILL: the rank is given up then
-        self.report: dict[str, Any] = {
-            "rank": rank_number(),
-            "attempt": int(os.environ.get("FT_ATTEMPT") or 0),
-            "host": socket.gethostname(),
-            "launcher_pid": self.parent_pid,
-            "monitor_pid": os.getpid(),
-            "pid": None,
-            "started": None,  # wall clock, seconds since the epoch
-            "connected": None,
-            "first_heartbeat": None,
-            "heartbeat": None,  # the last one
-            "error_time": None,
-            "ended": None,
-            "first_step": None,  # of the first heartbeat
-            "step": None,  # of the last heartbeat
-            "request": None,  # workload control: {action, reason}
-            "saved": None,  # step of the newest checkpoint that this rank has reported
-            "sections": [],  # that are open
-            "timeouts": {},  # in force, by setting, in seconds
-            "clock": None,  # that runs out first: {setting, since, limit}; since is wall clock
-            "over": False,  # whether monitoring is over: training ended, well or not
-            "verdict": None,  # the clock that ran out: {setting, limit, calculated, waited, step}
-            "state": {},  # of the process before the monitor ended it: {state, wchan}
-            "stacks": None,  # whether it wrote its stacks before it was ended; null: it was not asked
-            "oom_kills": 0,  # in its control group, or else on this host, while it ran
-            "stopped": None,  # why the monitor ended the rank; null: it ended by itself
-            "error": None,  # the exception that ended training
-            "status": None,  # exit code, or -N for signal N
+        self.report = Report(rank_number(), attempt_number(), os.uname().nodename)
+        self.report.launcher_pid = launcher_pid or os.getppid()
+        self.report.monitor_pid = os.getpid()
+        self.report.oom_kills = -oom_kills()
+        self.inbox = Inbox()
+        self.stacks = Stacks()
+        self.writer = Writer(log)
+        learned = os.environ.get("FT_LEARNED")
+        self.clocks = Clocks(config, time.monotonic(), json.loads(learned) if learned else None)
+        self.ending: Ending | None = None
+        self.flag: tuple[str, str] | None = None  # path and text, once training is complete
+
+    def start(self) -> None:
+        environment = {
+            "PYTHONFAULTHANDLER": "1",  # a rank that crashes in C code leaves its stack
+            **os.environ,
+            "FT_CONFIG": self.config.to_json(),
+            "FT_MONITOR_PID": str(os.getpid()),
+            "FT_MONITOR_FD": str(self.inbox.write_end),
+            "FT_STACKS_FD": str(self.stacks.descriptor),
         }
+        for name in ("FT_LEARNED", "FT_LAUNCHER_PID"):
+            environment.pop(name, None)  # which a monitor below the rank would take for its own
+        monitor = os.getpid()
+        self.report.started, self.report.pid = time.time(), os.fork()
+        if self.report.pid == 0:
+            become_rank(self.command, environment, monitor)
+
+    @property
+    def pid(self) -> int:
+        return self.report.pid or 0
+
+    # -- what the rank says
+
+    def hear(self, now: float) -> bool:
+        """Take in what is in the pipe; return whether that is worth a report at once."""
+        skipped = self.inbox.skipped
+        is_news = False
+        for message in self.inbox.read():
+            is_lap = message["type"] in ("heartbeat", "section")
+            is_news |= not is_lap
+            # A hung rank that is continued for its stacks may finish what it was at: too late.
+            if not (is_lap and self.report.end == End.HUNG):
+                self.clocks.hear(message, now)
+                self._note(message, time.time() - (now - self.clocks.heard))
+        if self.inbox.skipped and not skipped:
+            self.log.warning("%s: skipping what is no message on its pipe", self.who())
+        return is_news
+
+    def _note(self, message: Mapping[str, Any], at: float) -> None:
+        """Let the report tell of a message; `at` is since the epoch."""
+        report, kind = self.report, message["type"]
+        if kind == "init":
+            report.connected, report.error, report.error_time = at, None, None
+            report.complete = report.over = False  # one more fit: its end will tell
+            self.flag = None
+            report.calculate, report.state_file = message["calculate"], message["state_file"]
+        elif kind == "heartbeat":
+            report.heartbeat = at
+            report.step = report.step if message["step"] is None else message["step"]
+            if report.first_heartbeat is None:
+                report.first_heartbeat, report.first_step = at, report.step
+        elif kind == "saved":
+            report.saved = message["step"]
+            stamp, by = time.strftime("%Y-%m-%dT%H:%M:%S%z"), os.path.dirname(evidence_path("json"))
+            where = message["checkpoint"]
+            noted = to_text({"step": report.saved, "checkpoint": where, "time": stamp, "by": by})
+            for path in progress_files():
+                self.writer.put(os.path.abspath(path), noted)
+        elif kind == "request":
+            report.request = {"action": message["action"], "reason": message["reason"]}
+        elif kind == "complete":
+            report.complete = True
+            self.flag = message["flag"] and (message["flag"], to_text(message["values"]))
+        elif kind in ("error", "bye"):
+            report.over = kind == "bye"
+            if message["error"] is not None:
+                report.error, report.error_time = message["error"], report.error_time or at
+
+    # -- what is done to it
+
+    def end_hung_rank(self, clock: str, now: float) -> None:
+        waited, limit = now - self.clocks.running[clock], self.clocks.limit(clock)
+        self.report.hung_on, self.report.waited = clock, round(waited, 3)
+        reason = f"hung: {waiting_for(clock)} for {waited:.1f} s{self.at_step()} "
+        kind = "learned limit" if self.clocks.is_learned(clock) else "limit"
+        reason += f"({kind} {limit:g} s, {flag_of(clock)})"
+        number = signal.Signals[self.config.rank_termination_signal]
+        kill_at = now if number == signal.SIGKILL else now + TERMINATION_SECONDS
+        self.begin(Ending(End.HUNG, reason, number, kill_at, wants_stacks=True), now)
+        self.log.warning("%s %s; sent %s", self.who(), reason, number.name)
+
+    def stop(self, number: int, now: float) -> None:
+        reason = f"stopped by {signal.Signals(number).name}"
+        kill_at = now + self.grace
+        self.begin(Ending(End.STOPPED, reason, number, kill_at, to_rank_alone=True), now)
+
+    def end_survivor(self, end: End, reason: str, now: float) -> None:
+        """It can only wait for who is gone, unless it is saving a checkpoint."""
+        number, kill_at = signal.SIGKILL, now + self.config.workers_stop_timeout
+        self.begin(Ending(end, reason, number, kill_at, wants_stacks=True, may_save=True), now)
+
+    def begin(self, ending: Ending, now: float) -> None:
+        """Begin to end the rank, once: what comes on top of it does not cut its grace short."""
+        if self.ending is not None:
+            return
+        self.ending = ending
+        self.report.end, self.report.reason = ending.end, ending.reason
+        if ending.wants_stacks:
+            self.report.state = process_status(self.pid, "State")[:1]
+            self.report.stacks = self.stacks.take(self.pid, ending.reason, is_ending=True)
+        if ending.signal != signal.SIGKILL:
+            send(self.pid, ending.signal, os.kill if ending.to_rank_alone else os.killpg)
+            send(self.pid, signal.SIGCONT, os.killpg)  # a stopped process takes no other signal
+        self.enforce(now)
+
+    def enforce(self, now: float) -> None:
+        """Kill the rank if that is due."""
+        ending = self.ending
+        if ending is None or ending.is_killed:
+            return
+        has_saved = ending.may_save and CHECKPOINTING not in self.clocks.sections
+        if has_saved or now >= ending.kill_at:
+            ending.is_killed, ending.kill_at = True, now
+            send(self.pid, signal.SIGKILL, os.killpg)
+
+    def warn_at_half_time(self, clock: str, now: float) -> None:
+        waited, limit = now - self.clocks.running[clock], self.clocks.limit(clock)
+        what = f"{waiting_for(clock)} for {waited:.1f} s{self.at_step()}, limit {limit:g} s"
+        taken = self.stacks.take(self.pid, what, until=self.clocks.first()[1])
+        self.log.warning("%s: %s%s", self.who(), what, "; its stacks are kept" if taken else "")
+
+    def finish(self) -> int:
+        """The rank is gone, or given up: clear up after it, and return its status."""
+        for number in (*STOP_SIGNALS, *PASSED_ON_SIGNALS, PEER_FAILED):
+            signal.signal(number, signal.SIG_IGN)  # from here on, the exit status is the rank's
+        left = kill_descendants()
+        if left:
+            self.log.error("%s: %s do not end after SIGKILL", self.who(), left)
+        self.hear(time.monotonic())  # its last words
+        report = self.report
+        report.status = -signal.SIGKILL if report.status is None else report.status
+        report.end = End.BY_ITSELF if report.end == End.RUNNING else report.end
+        report.ended = time.time()
+        report.oom_kills += oom_kills()
+        if report.over and report.status == 0:
+            report.error = None  # the script has handled it
+        # The exit code is the script's word; a signal after its end cuts short what hangs then.
+        was_well = report.over and report.error is None and report.status < 0
+        if self.flag and (report.status == 0 or was_well):
+            self._create_flag(*self.flag)
+        return report.status
+
+    def _create_flag(self, path: str, text: str) -> None:
+        def create() -> bool:
+            write_file(path, text, durable=True)
+            return True
+
+        result = within(FLAG_SECONDS, create)
+        if result is not True:
+            why = result or "its file system does not answer"
+            self.log.error("training is complete, but cannot create %s: %s", path, why)
+
+    # -- words
+
+    def who(self) -> str:
+        return f"rank {self.report.rank} (pid {self.report.pid})"
+
+    def at_step(self) -> str:
+        return "" if self.report.step is None else f" at step {self.report.step}"
+
+
+class Stacks:
+    """What a rank writes of its stacks, in memory: no file system is in the way of a kill."""
+
+    def __init__(self) -> None:
+        self.descriptor = os.memfd_create("ft_stacks") if hasattr(os, "memfd_create") else -1
+        self.text = ""  # all that it wrote, each time below a header; we rarely ask, so it is short
+
+    def take(
+        self, pid: int, why: str, is_ending: bool = False, until: float = math.inf
+    ) -> bool | None:
+        """Ask for the stacks and wait, but not for long: a process in D state writes none.
+
+        Returns whether they came; None where the process would not know the signal.
+        """
+        caught = int(process_status(pid, "SigCgt") or "0", 16)
+        if self.descriptor < 0 or not caught >> (STACKS_SIGNAL - 1) & 1:
+            return None
+        self.text += f"\n{STACKS_HEADER} {time.time():.6f} ({time.strftime('%H:%M:%S')}) {why}\n"
+        start = size = os.fstat(self.descriptor).st_size
+        send_to_main_thread(pid, STACKS_SIGNAL)
+        if is_ending:
+            send(pid, signal.SIGCONT, os.killpg)  # a stopped process does not answer
+        until = min(until, time.monotonic() + STACKS_SECONDS)
+        while time.monotonic() < until:
+            time.sleep(0.001)  # they are written in one go, mostly quicker than this
+            before, size = size, os.fstat(self.descriptor).st_size
+            if size == before > start:
+                break
+        self.text += os.pread(self.descriptor, size - start, start).decode(errors="replace")
+        return size > start
+
+
+class Loop:
+    """Sleeps until a signal, a message or a deadline, and lets the monitor act on it."""
+
+    def __init__(self, monitor: RankMonitor) -> None:
+        self.monitor = monitor
+        self.signals = catch_signals()  # read end of a pipe to which signals write their numbers
+        self.read_at = 0.0  # when the pipe is worth a look again, monotonic
+        self.written = -math.inf  # when the report was, monotonic
+        self.is_report_old = True
+        self.warned: tuple[str, float] | None = None  # the last clock, and its start, warned of
+        self.warnings_left = HALF_TIME_WARNINGS
 
     def run(self) -> int:
         """Start the rank, stay until it has ended, and return its exit code, or -N for signal N.
 
-        127 or 126, as from a shell, when the command cannot be started.
+        127 or 126, as from a shell, when its command cannot be started.
         """
-        self._catch_signals()
-        try:
-            self._start()
-        except OSError as error:
-            log.error("cannot start %r: %s", self.command[0], error.strerror)
-            return 127 if isinstance(error, FileNotFoundError) else 126  # as a shell
-        self._watch_parent()
-        while not self._rank_has_ended():
-            wake_at = self._next_deadline()
-            sources: list[Any] = [self.signals] if self.pipe is None else [self.signals, self.pipe]
-            wait(sources, None if wake_at is None else min(max(0.0, wake_at - time.monotonic()), LONGEST_WAIT_SECONDS))
-            now = time.monotonic()
-            self._hear(now)
-            if wake_at is not None and now - wake_at > SUSPENDED_SECONDS and self.kill_at is None:
-                log.warning("%s: woke %.1f s late, suspended; its clocks start anew", self._who(), now - wake_at)
-                self.clocks.restart(now)
-            self._obey(now)
-            self._enforce(now)
-            if self.report_is_old and now >= self.report_written + REPORT_SECONDS:
-                self._write_report()
-            if self.abandon_at is not None and now >= self.abandon_at:
-                return self._abandon()
-        return self._finish()
-
-    # -- start
-
-    def _catch_signals(self) -> None:
-        """Let signals do nothing but arrive, as bytes, in a pipe that the loop reads."""
-        for end in (self.signals, self._signals_in):
-            os.set_blocking(end, False)
-        signal.set_wakeup_fd(self._signals_in, warn_on_full_buffer=False)
-        others = (PEER_FAILED, PARENT_DIED, signal.SIGCHLD, signal.SIGCONT)
-        for number in (*STOP_SIGNALS, *PASSED_ON_SIGNALS, *others):
-            if number in STOP_SIGNALS and signal.getsignal(number) == signal.SIG_IGN:
-                continue  # under nohup, a hang-up is to be ignored by the rank too
-            signal.signal(number, lambda number, frame: None)
-
-    def _start(self) -> None:
-        self.pipe, write_end = multiprocessing.Pipe(duplex=False)
-        os.set_blocking(self.pipe.fileno(), False)
-        defaults = {"PYTHONFAULTHANDLER": "1"}  # a rank that crashes in C code leaves its stack
-        environment = (
-            defaults | os.environ | {"FT_MONITOR_FD": str(write_end.fileno()), "FT_CONFIG": self.config.to_json()}
-        )
-        monitor_pid = os.getpid()
-
-        def die_with_the_monitor() -> None:
-            request_death_signal(signal.SIGKILL)
-            for number in PASSED_ON_SIGNALS:  # which schedulers send to every process, also to one that has no handler
-                signal.signal(number, signal.SIG_IGN)
-            if os.getppid() != monitor_pid:  # it died before the request
-                os._exit(1)
-
-        self.clocks = Clocks(self.config, time.monotonic())
-        self.rank = subprocess.Popen(
-            self.command,
-            env=environment,
-            pass_fds=[write_end.fileno()],
-            # One kill reaches all of a rank's processes: DataLoader workers outlive a killed rank by seconds.
-            start_new_session=True,
-            preexec_fn=die_with_the_monitor,
-        )
-        write_end.close()
-        self.report.update(pid=self.rank.pid, started=time.time())
-        self._write_report()
-
-    def _watch_parent(self) -> None:
-        request_death_signal(PARENT_DIED)
-        if os.getppid() != self.parent_pid:  # it died before the request, and no signal will come
+        monitor = self.monitor
+        process_control(PR_SET_CHILD_SUBREAPER, 1)  # whatever leaves the rank's session stays ours
+        monitor.start()
+        monitor.writer.start()
+        process_control(PR_SET_PDEATHSIG, PARENT_DIED)
+        if os.getppid() != monitor.report.launcher_pid:  # it died before, and no signal will come
             os.kill(os.getpid(), PARENT_DIED)
-
-    # -- the loop's parts
-
-    def _rank_has_ended(self) -> bool:
-        """Look without reaping: as long as the rank is a zombie, nobody else can get its pid and session."""
-        return os.waitid(os.P_PID, self.rank.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-
-    def _next_deadline(self) -> float | None:
-        deadlines = [self._next_action()]
-        if self.report_is_old:
-            deadlines.append(self.report_written + REPORT_SECONDS)
-        return min((deadline for deadline in deadlines if deadline is not None), default=None)
-
-    def _next_action(self) -> float | None:
-        if self.abandon_at is not None:
-            return self.abandon_at
-        if self.kill_at is not None:
-            return self.kill_at
-        clock = self.clocks.first()
-        if clock is None:
-            return None
-        return half_time(clock) if self._half_time_is_due(clock) else clock.deadline
-
-    def _half_time_is_due(self, clock: Clock) -> bool:
-        noted = self.half_time is not None and self.half_time[:2] == clock[:2]
-        return self.half_time_warnings > 0 and not noted
-
-    def _hear(self, now: float) -> None:
-        """Take in what is in the pipe, but not for ever if the rank keeps filling it."""
-        for _ in range(16):
-            if self.pipe is None:
-                return
-            try:
-                data = os.read(self.pipe.fileno(), 65536)
-            except BlockingIOError:
-                return
-            if not data:  # no process holds the other end any more
-                self.pipe.close()
-                self.pipe = None
-                return
-            self._take_in(data, now)
-
-    def _take_in(self, data: bytes, now: float) -> None:
-        skipped = self.reader.skipped
-        kinds = set()
-        for message in self.reader.feed(data):
-            if message["type"] == "heartbeat" and (self.report["verdict"] is not None or self.is_survivor):
-                continue  # too late: a stopped rank is continued for its stacks, which are of before
-            for lap in self.clocks.hear(message, now):
-                self._warn_if_slow(lap)
-            self._note_times(message["type"])
-            kinds.add(message["type"])
-        if kinds - {"heartbeat", "section"} or (kinds and now - self.report_written >= REPORT_SECONDS):
-            self._write_report()
-        else:
-            self.report_is_old |= bool(kinds)
-        if self.reader.skipped and not skipped:
-            log.warning("%s: skipped what is not a message on its pipe, and will from now on", self._who())
-
-    def _note_times(self, kind: str) -> None:
-        """Wall clock, for people."""
-        report, names = self.report, {"init": ["connected"], "heartbeat": ["heartbeat"], "bye": ["error_time"]}
-        report.update(dict.fromkeys(names.get(kind, []), time.time()))
-        if kind == "heartbeat" and report["first_heartbeat"] is None:
-            report.update(first_heartbeat=report["heartbeat"], first_step=self.clocks.step)
-
-    def _warn_if_slow(self, lap: Lap) -> None:
-        """Say that a clock nearly ran out, but not again at every step of a training that is always slow."""
-        if (
-            self.kill_at is not None
-            or lap.limit is None
-            or lap.seconds <= max(lap.limit / 2, 1.1 * self.slowest.get(lap.setting, 0.0))
-        ):
-            return
-        self.slowest[lap.setting] = lap.seconds
-        log.warning(
-            "%s: slow%s: %.1f s, limit %g s (%s)", self._who(), self._at_step(), lap.seconds, lap.limit, lap.setting
-        )
-
-    def _obey(self, now: float) -> None:
-        try:
-            arrived = os.read(self.signals, 4096)
-        except BlockingIOError:
-            return
-        for number in sorted(set(arrived)):
-            if number in STOP_SIGNALS and self.kill_at is None:
-                self._stop(number, now)
-            elif number in PASSED_ON_SIGNALS:
-                signal_process(self.rank.pid, number)
-            elif number == PEER_FAILED:
-                self._stop_survivor(now)
-            elif number == signal.SIGCONT and self.kill_at is None:
-                self.clocks.restart(now)  # we were stopped, and most likely the rank with us
-            # The kernel sends this also when no more than the launcher's thread that started us ends.
-            elif number == PARENT_DIED and os.getppid() != self.parent_pid:
-                self._kill(f"the launcher (pid {self.parent_pid}) is gone", now)
-
-    def _enforce(self, now: float) -> None:
-        """Do what is due: a clock has run out, or a rank that is being stopped did not end."""
-        if self.abandon_at is not None:
-            return
-        if self.kill_at is not None:
-            saved = self.is_survivor and CHECKPOINTING not in self.clocks.sections
-            if saved or now >= self.kill_at:
-                self._kill(None, now)
-            return
-        clock = self.clocks.first()
-        if clock is None:
-            return
-        if now >= clock.deadline:
-            self._end_hung_rank(clock, now)
-        elif self._half_time_is_due(clock) and now >= half_time(clock):
-            self.half_time, self.half_time_warnings = clock, self.half_time_warnings - 1
-            what = f"{clock.waiting_for} for {now - clock.since:.1f} s{self._at_step()}, limit {clock.limit:g} s"
-            asked = self._ask_for_stacks(what) is not None
-            log.warning("%s: %s%s", self._who(), what, "; its stacks are asked for" if asked else "")
-
-    # -- ending the rank
-
-    def _end_hung_rank(self, clock: Clock, now: float) -> None:
-        waited, limit = now - clock.since, clock.limit or 0.0
-        calculated = clock.setting in self.clocks.calculated
-        self.report["verdict"] = {
-            "setting": clock.setting,
-            "limit": limit,
-            "calculated": calculated,
-            "waited": round(waited, 3),
-            "step": self.clocks.step,
-        }
-        if calculated and self.clocks.note:
-            self._write(Path(self.clocks.note), self.report["verdict"])
-        kind = "calculated limit" if calculated else "limit"
-        reason = f"hung: {clock.waiting_for} for {waited:.1f} s{self._at_step()} ({kind} {limit:g} s)"
-        termination = signal.Signals[self.config.rank_termination_signal]
-        log.warning("%s: %s; sending %s", self._who(), reason, termination.name)
-        self._stopping(reason, now + TERMINATION_SECONDS)
-        self._take_stacks(reason)
-        if termination == signal.SIGKILL:
-            self._kill(None, now)
-            return
-        signal_session(self.rank.pid, termination)
-        signal_session(self.rank.pid, signal.SIGCONT)  # a stopped process takes no other signal
-
-    def _stop(self, number: int, now: float) -> None:
-        """Pass a stop signal on, to the rank alone: DataLoader workers that die first would make it fail."""
-        self._stopping(f"stopped by {signal.Signals(number).name}", now + self.grace)
-        signal_process(self.rank.pid, number)
-        signal_session(self.rank.pid, signal.SIGCONT)
-
-    def _stop_survivor(self, now: float) -> None:
-        """A peer failed: this rank can only wait for it, unless it is saving a checkpoint."""
-        if self.abandon_at is not None:
-            return
-        self.is_survivor = True
-        clocks = {clock.setting: clock for clock in self.clocks.running()}
-        saving = clocks.get(section_setting(CHECKPOINTING))
-        bound = now + self.config.workers_stop_timeout
-        self._take_stacks("its peer failed")
-        self._stopping("its peer failed", now if saving is None else min(bound, saving.deadline))
-
-    def _kill(self, reason: str | None, now: float) -> None:
-        self._stopping(reason, now)
-        if self.abandon_at is None:
-            self.abandon_at = now + REAP_SECONDS
-            signal_session(self.rank.pid, signal.SIGKILL)
-
-    def _ask_for_stacks(self, why: str) -> int | None:
-        """Let the rank add its stacks to its file, below a line that tells why; return the size before, if it can."""
-        path = evidence_path("stacks.txt")
-        if path is None or not self.clocks.has_stacks:
-            return None
-        try:
-            with open(path, "ab") as file:
-                file.write(f"\n{STACKS_HEADER} {time.time():.6f} ({time.strftime('%H:%M:%S')}) {why}\n".encode())
-                size = file.tell()
-        except OSError:
-            return None
-        signal_main_thread(self.rank.pid, STACKS_SIGNAL)
-        return size
-
-    def _take_stacks(self, why: str) -> None:
-        """Wait for the stacks, but not for long: a process in uninterruptible sleep writes none."""
-        self.report["state"] = process_state(self.rank.pid)
-        size = self._ask_for_stacks(why)
-        if size is None:
-            return
-        self.report["stacks"] = False
-        signal_session(self.rank.pid, signal.SIGCONT)  # a stopped process does not answer
-        path, deadline = evidence_path("stacks.txt"), time.monotonic() + STACKS_SECONDS
-        while time.monotonic() < deadline and path is not None:
-            time.sleep(0.01)  # the stacks are written in one go, much quicker than this
-            try:
-                before, size = size, path.stat().st_size
-            except OSError:  # it was removed, or its file system fails
-                return
-            if size == before and self.report["stacks"]:
-                return
-            self.report["stacks"] = self.report["stacks"] or size > before
-
-    def _stopping(self, reason: str | None, kill_at: float) -> None:
-        """Write down why before the rank, and then the launcher, can notice."""
-        self.kill_at = kill_at
-        if reason is not None and self.report["stopped"] is None:
-            self.report["stopped"] = reason
-            self._write_report()
-
-    def _finish(self) -> int:
-        for number in (*STOP_SIGNALS, *PASSED_ON_SIGNALS, PEER_FAILED):
-            signal.signal(number, signal.SIG_IGN)  # from here on, the exit status is the rank's
-        left = kill_session(self.rank.pid)
-        status = self.rank.wait()
-        self._hear(time.monotonic())  # its last words
-        self.report.update(ended=time.time(), status=status, oom_kills=oom_kills() - self.oom_kills)
+        while monitor.report.status is None and not self._is_given_up():
+            self._turn()
+        status = monitor.finish()
         self._write_report()
-        if left:
-            log.error("%s: processes %s of its session do not end after SIGKILL", self._who(), left)
+        monitor.writer.finish(FILE_SECONDS)
         return status
 
-    def _abandon(self) -> int:
-        log.error("%s: does not end after SIGKILL; left alone (uninterruptible in the kernel?)", self._who())
-        self.report.update(ended=time.time(), status=-signal.SIGKILL)
-        self._write_report()
-        return -signal.SIGKILL
+    def _turn(self) -> None:
+        monitor = self.monitor
+        wake_at = self._wake_at()
+        self._sleep(wake_at)
+        now = time.monotonic()
+        if now > wake_at + SUSPENDED_SECONDS and monitor.ending is None:
+            monitor.log.warning("%s: woke %.1f s late: suspended", monitor.who(), now - wake_at)
+            monitor.clocks.restart(now)
+        self._obey(now)
+        if now >= self.read_at or now >= wake_at:
+            self._hear(now)
+        monitor.report.status = reap(monitor.pid)
+        if monitor.report.status is None:
+            self._enforce(now)
+        if self.is_report_old and now >= self.written + REPORT_SECONDS:
+            self._write_report()
 
-    # -- words
+    def _is_given_up(self) -> bool:
+        ending = self.monitor.ending
+        if ending is None or not ending.is_killed:
+            return False
+        return time.monotonic() > ending.kill_at + REAP_SECONDS
 
-    def _who(self) -> str:
-        return f"rank {self.report['rank']} (pid {self.rank.pid})"
+    def _wake_at(self) -> float:
+        """When there is something to do, if nothing happens before."""
+        ending = self.monitor.ending
+        if ending is not None:
+            return ending.kill_at + REAP_SECONDS * ending.is_killed
+        return min(self._half_time(), self.monitor.clocks.first()[1])
 
-    def _at_step(self) -> str:
-        return "" if self.clocks.step is None else f" at step {self.clocks.step}"
+    def _half_time(self) -> float:
+        """When half of the first clock has passed, if that is still to be warned of."""
+        clock, deadline = self.monitor.clocks.first()
+        since = self.monitor.clocks.running.get(clock, math.inf)
+        is_due = self.warnings_left > 0 and self.warned != (clock, since)
+        return (since + deadline) / 2 if is_due else math.inf
+
+    def _sleep(self, wake_at: float) -> None:
+        now = time.monotonic()
+        until = min(wake_at, now + 3600.0)
+        if self.is_report_old:
+            until = min(until, self.written + REPORT_SECONDS)
+        sources = [self.signals]
+        if now < self.read_at:
+            until = min(until, self.read_at)
+        else:
+            sources.append(self.monitor.inbox.read_end)
+        select.select(sources, [], [], max(0.0, until - now))
+
+    def _hear(self, now: float) -> None:
+        has_news = self.monitor.hear(now)
+        self.read_at = now + READ_SECONDS
+        self.is_report_old = True
+        if has_news:
+            self._write_report()
+
+    def _obey(self, now: float) -> None:
+        """Do what the signals say that have arrived."""
+        monitor = self.monitor
+        try:
+            arrived = set(os.read(self.signals, 4096))
+        except BlockingIOError:
+            return
+        # First what asks to stop: a failed peer does not cut its grace short.
+        for number in sorted(arrived, key=lambda number: number not in STOP_SIGNALS):
+            if number in STOP_SIGNALS:
+                monitor.stop(number, now)
+            elif number in PASSED_ON_SIGNALS:
+                send(monitor.pid, number)
+            elif number == PEER_FAILED:
+                monitor.end_survivor(End.PEER_FAILED, "its peer failed", now)
+            elif number == signal.SIGCONT and monitor.ending is None:
+                monitor.clocks.restart(now)  # we were stopped, and most likely the rank with us
+            # The kernel sends this also when only the launcher's thread that started us ends.
+            elif number == PARENT_DIED and os.getppid() != monitor.report.launcher_pid:
+                reason = f"the launcher (pid {monitor.report.launcher_pid}) is gone"
+                monitor.end_survivor(End.LAUNCHER_DIED, reason, now)
+        self.is_report_old = True
+
+    def _enforce(self, now: float) -> None:
+        monitor = self.monitor
+        if monitor.ending is not None:
+            monitor.enforce(now)
+            return
+        clock, deadline = monitor.clocks.first()
+        if now >= deadline:
+            monitor.end_hung_rank(clock, now)
+            self._write_report()
+        elif now >= self._half_time():
+            self.warned = clock, monitor.clocks.running[clock]
+            self.warnings_left -= 1
+            monitor.warn_at_half_time(clock, now)
+            self._write_report()
 
     def _write_report(self) -> None:
-        clocks = self.clocks
-        self.report_written, self.report_is_old = time.monotonic(), False
-        self.report.update(step=clocks.step, saved=clocks.saved, request=clocks.request, sections=list(clocks.sections))
-        self.report.update(error=clocks.error, over=clocks.over is not None, timeouts=clocks.config.timeouts())
-        self.report["clock"] = self._clock_for_people()
-        if self.report_path is not None:
-            self.report_failed = not self._write(self.report_path, self.report, quiet=self.report_failed)
+        report, clocks = self.monitor.report, self.monitor.clocks
+        now = time.monotonic()
+        self.written, self.is_report_old = now, False
+        report.sections = sorted(clocks.sections)
+        report.longest, report.limits = clocks.longest, clocks.limits()
+        report.learned = [clock for clock in report.limits if clocks.is_learned(clock)]
+        report.clock, _ = clocks.first()
+        report.clock_since = time.time() - (now - clocks.running.get(report.clock, now))
+        report.clock_limit = report.limits.get(report.clock)
+        self.monitor.writer.put(evidence_path("json"), to_text(dataclasses.asdict(report)))
+        if self.monitor.stacks.text:
+            self.monitor.writer.put(evidence_path("stacks.txt"), self.monitor.stacks.text)
 
-    def _clock_for_people(self) -> dict[str, Any] | None:
-        clock = self.clocks.nearest()
-        if clock is None:
-            return None
-        since = time.time() - (time.monotonic() - clock.since)
-        return {"setting": clock.setting, "since": round(since, 3), "limit": clock.limit}
 
-    def _write(self, path: Path, values: Mapping[str, Any], quiet: bool = False) -> bool:
+def waiting_for(clock: str) -> str:
+    """What a rank has not done in time, if this is the clock that ran out."""
+    words = {
+        STARTUP: "no connection after process start",
+        INITIAL: "no first heartbeat",
+        HEARTBEAT: "no heartbeat",
+        OUT_OF_SECTION: "outside of all sections",
+        EXIT: "no end of the process after the script's",
+    }
+    return words.get(clock) or f"in section {section_of(clock)!r}"
+
+
+def flag_of(clock: str) -> str:
+    """The flag that sets a clock's limit."""
+    section = section_of(clock)
+    name = "rank-section-timeouts=" + section + ":SECONDS" if section else clock.replace("_", "-")
+    return f"--ft-{name}"
+
+
+def catch_signals() -> int:
+    """Let signals do nothing but arrive, as bytes, in a pipe; return its read end."""
+    read_end, write_end = os.pipe()
+    for end in (read_end, write_end):
+        os.set_blocking(end, False)
+    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    others = (PEER_FAILED, PARENT_DIED, signal.SIGCHLD, signal.SIGCONT)
+    for number in (*STOP_SIGNALS, *PASSED_ON_SIGNALS, *others):
+        if number in STOP_SIGNALS and signal.getsignal(number) == signal.SIG_IGN:
+            continue  # under nohup, a hang-up is to be ignored by the rank too
+        signal.signal(number, lambda number, frame: None)
+    return read_end
+
+
+def become_rank(command: list[str], environment: Mapping[str, str], monitor: int) -> NoReturn:
+    """In the child: a session of its own, which ends with the monitor, and then the command."""
+    try:
+        os.setsid()  # one kill reaches DataLoader workers too, which outlive it by seconds
+        process_control(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != monitor:  # it died before the request
+            os._exit(1)
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGPIPE, signal.SIGXFSZ):  # which Python ignores
+            signal.signal(number, signal.SIG_DFL)
+        for number in PASSED_ON_SIGNALS:  # which schedulers send to everyone
+            signal.signal(number, signal.SIG_IGN)
+        os.execvpe(command[0], command, environment)
+    except OSError as error:
+        os.write(2, f"[ft_monitor] cannot start {command[0]!r}: {error.strerror}\n".encode())
+        os._exit(127 if isinstance(error, FileNotFoundError) else 126)
+
+
+def reap(rank: int) -> int | None:
+    """Take in all children that have ended; return the status of the rank if it has."""
+    status = None
+    while True:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)  # without a launcher, nobody has made it
-            write_json(path, values)
-        except (OSError, ValueError) as error:  # ValueError: the rank gave a name that no file can have
-            level = logging.DEBUG if quiet else logging.WARNING
-            log.log(level, "%s: cannot write %r: %s", self._who(), str(path), error)
-            return False
-        return True
-
-
-def half_time(clock: Clock) -> float:
-    return clock.since + (clock.limit or 0.0) / 2
-
-
-# ------------------------------------------------------------------------------------------------------ main
-
-
-class NeverWaitingHandler(logging.StreamHandler):
-    """Drops a line rather than wait for a reader that has stopped: a hung rank is ended, whoever reads our log."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            is_ready = select.select([], [self.stream], [], 0)[1]  # a pipe is if it takes PIPE_BUF bytes
-        except (OSError, ValueError, TypeError):
-            return  # there is no stderr
-        if is_ready:
-            super().emit(record)
-
-
-class PrefixFormatter(logging.Formatter):
-    """Begins every line with who speaks, since the output of ranks comes in between."""
-
-    def __init__(self, prefix: str) -> None:
-        super().__init__()
-        self.prefix = prefix
-
-    def format(self, record: logging.LogRecord) -> str:
-        return "\n".join(f"[{self.prefix}] {line}" for line in super().format(record).split("\n"))
-
-
-def configure_logging(name: str, level: str, prefix: str) -> None:
-    """Send this program's own lines to stderr, with a prefix that tells them from the ranks' output."""
-    logger = logging.getLogger(name)
-    handler = NeverWaitingHandler()
-    handler.setFormatter(PrefixFormatter(prefix))
-    logger.handlers, logger.propagate = [handler], False
-    logger.setLevel(level)
+            pid, raw = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return status
+        if pid == 0:
+            return status
+        if pid == rank:
+            status = os.waitstatus_to_exitcode(raw)
 
 
 def end_like(status: int) -> NoReturn:
-    """End this process as the rank ended: with its exit code, or by its signal, without a core dump of our own."""
+    """End this process as the rank did: by its exit code or signal, without a core dump of ours."""
     if status < 0:
         process_control(PR_SET_DUMPABLE, 0)
         if -status not in (signal.SIGKILL, signal.SIGSTOP):
             signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
-    sys.exit(128 - status if status < 0 else status)  # the first process of a container outlives its own signals
+    os._exit(128 - status if status < 0 else status)  # PID 1 of a container outlives its signals
 
 
-def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, FaultToleranceConfig]:
-    parser = argparse.ArgumentParser(
-        prog="ft_monitor.py",
-        usage="ft_monitor.py [options] -- COMMAND ...",
-        description="Runs a command as one rank, and ends it when it hangs.",
-        allow_abbrev=False,
+# ----------------------------------------------------------------- what can be said of reports
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+# For re.match: what c10d, gloo and NCCL raise when a peer is gone or does not come. What a
+# DataLoader worker raised is a RuntimeError that was "Caught".
+COMMUNICATION_ERROR = (
+    r"(?i)Dist\w*Error\b|RuntimeError: (?!Caught ).*(gloo|nccl|c10d|TCPStore|ProcessGroup|"
+    r"monitoredBarrier|connectFullMesh|Socket Timeout|closed by peer)"
+)
+# For re.search: what may go away by itself, and is not the code's fault.
+INFRASTRUCTURE_ERROR = (
+    rf"{COMMUNICATION_ERROR}|\b(connection(\w*error)?|\w*timeout(error)?|timed? out|broken pipe|"
+    r"CUDA error|CUDNN\w*|ECC|Input/output|Stale file|No space|quota)\b"
+)
+# What waits for other ranks: a file, a function, or a call of C code, which has no frame.
+WAITING = (
+    r"/torch/distributed/|/torch/nn/parallel/|_engine_run_backward|"
+    r"\.(wait|synchronize|item|tolist|cpu)\("
+)
+OF_OTHERS = "this node's ranks wait for another node's: see the verdict of that node's launcher"
+MAX_PLACES = 5  # in a verdict
+
+
+class Outcome(str, enum.Enum):
+    """How an attempt ended."""
+
+    WELL = "ended well"
+    FAILED = "failed"
+    STOPPED = "stopped"
+    ELSEWHERE = "another node's workers failed, or nodes joined"
+    LAUNCHER_DIED = "its launcher was killed"
+
+
+@dataclasses.dataclass
+class Incident:
+    """How an attempt on this node ended: a line of incidents.jsonl. Times are since the epoch."""
+
+    attempt: int
+    host: str
+    start: float
+    end: float
+    outcome: Outcome
+    first_heartbeat: float | None
+    last_heartbeat: float | None  # of the rank that was silent first
+    detection: float | None  # seconds from there to the end
+    restart: float | None  # seconds since the last end
+    first_step: int | None
+    last_step: int | None
+    saved_step: int | None
+    statuses: dict[str, int | None]
+    connected: bool
+    requests: list[dict[str, str]]
+    suspect: int | None = None
+    certain: bool = True
+    error: str | None = None  # the suspect's
+    verdict: str | None = None
+    places: str = ""
+
+    def why(self) -> str:
+        return ("" if self.certain else "suspect: ") + (self.verdict or self.outcome.value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a rank's main thread was."""
+
+    text: str
+    waits: bool  # for other ranks
+
+
+def read_reports(directory: str | Path) -> list[Report]:
+    """The reports of an attempt, by rank; one that cannot be read costs a line, and is missing."""
+    from pathlib import Path
+
+    reports = []
+    for path in Path(directory).glob("rank*.json"):
+        try:
+            reports.append(Report.read(path))
+        except (OSError, ValueError) as error:
+            warn(f"cannot read the report {path}: {error}")
+    return sorted(reports, key=lambda report: report.rank)
+
+
+def read_text(path: Path) -> str:
+    """Empty for what cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def read_place(directory: Path, report: Report) -> Place | None:
+    """From the last stacks since a rank's last sign that show the user's code, if any do."""
+    import linecache
+    import re
+
+    stacks = read_text(directory / f"rank{report.rank}.stacks.txt")
+    last_sign = max(report.heartbeat or 0.0, report.error_time or 0.0)
+    frames: list[tuple[str, str, str]] = []  # file, line, function; innermost first
+    for dump in stacks.split(f"\n{STACKS_HEADER} ")[1:]:
+        main = dump[dump.rfind("hread 0x") :]  # faulthandler writes the main thread last
+        found = re.findall(r'File "(.+)", line (\d+) in (.+)', main)
+        is_better = not frames or not all(is_library(file) for file, _, _ in found)
+        if is_better and float(dump.split()[0]) >= last_sign:
+            frames = found
+    if not frames:
+        is_silent = report.stacks is False and report.error is None
+        return Place(f"without stacks (state {report.state})", False) if is_silent else None
+    file, line, function = next((x for x in frames if not is_library(x[0])), frames[-1])
+    text = f"at {os.path.basename(file)}:{line} in {function}"
+    file, line, leaf = frames[0]
+    text += "" if leaf == function else f" -> {leaf}"
+    linecache.checkcache(file)  # it may have been edited
+    code = linecache.getline(file, int(line))
+    waits = re.search(WAITING, f"{file} {leaf} {code}") is not None
+    return Place(f"waiting {text}" if waits else text, waits)
+
+
+def without_place(error: str | None) -> str:
+    """An error without its file and function, whose names say nothing of its kind."""
+    import re
+
+    return re.sub(r" \([^()]*:\d+ in [^()]*\)$", "", error or "")
+
+
+def raised_by_itself(report: Report) -> bool:
+    """Whether a rank raised an error, and not because a peer was gone."""
+    import re
+
+    error = without_place(report.error)
+    return error != "" and not re.match(COMMUNICATION_ERROR, error)
+
+
+def failed_by_itself(report: Report) -> bool:
+    """Whether a rank raised, crashed, was stopped or lost its monitor, without a peer as cause."""
+    if report.error is not None:
+        return raised_by_itself(report)
+    return report.status != 0 and report.end in (End.RUNNING, End.BY_ITSELF, End.STOPPED)
+
+
+def is_waiting(report: Report, place: Place | None) -> bool:
+    """Whether a rank that did not fail by itself waits, as far as its error or stacks tell."""
+    if report.state == "T":
+        return False
+    return report.error is not None or (place is not None and place.waits)
+
+
+def by_blame(reports: Sequence[Report], places: Mapping[int, Place]) -> list[Report]:
+    """The ranks of an attempt that failed, the one to blame first."""
+    crowd = collections.Counter(places.get(report.rank) for report in reports)
+    newest = max(report.heartbeat or 0.0 for report in reports)
+
+    def key(report: Report) -> tuple[float, ...]:
+        is_cause, place = failed_by_itself(report), places.get(report.rank)
+        failed = report.error_time or report.ended or report.heartbeat or 0.0
+        return (
+            not is_cause,  # the others failed, or waited, because of it
+            failed if is_cause else 0.0,  # later ones because of the first
+            report.state != "T",  # stopped, as by a debugger
+            is_waiting(report, place),  # not what was waited for
+            report.status == 0,  # missed only by those who wait
+            -1 if report.step is None else report.step,  # fell behind
+            report.connected is not None,  # did not get as far
+            int((report.heartbeat or 0.0) - newest),  # silent for longest, in whole seconds
+            crowd[place],  # the odd one out
+            report.error_time or math.inf,  # complained first
+        )
+
+    return sorted(reports, key=key)
+
+
+def judge(
+    reports: Sequence[Report], places: Mapping[int, Place], world: int | None
+) -> tuple[Report | None, bool, str]:
+    """The rank to blame, or None if it is on another node; is that certain; and the verdict."""
+    if not reports:
+        return None, True, "its workers failed, and there is no report of how"
+    first, *others = by_blame(reports, places)
+    sentence = describe_failure(first)
+    if failed_by_itself(first):
+        return first, True, sentence
+    are_all_here = world is None or len(reports) >= world
+    if is_waiting(first, places.get(first.rank)) and not are_all_here:
+        return None, True, f"{OF_OTHERS}; {sentence}"
+    noticed = [describe_failure(report) for report in others if report.error is not None]
+    stopped = [report for report in reports if report.state == "T"]
+    is_certain = stopped == [first] or (are_all_here and not others)
+    return first, is_certain, "; ".join([sentence, *noticed[:1]])
+
+
+# What was wrong with a rank: the first row that is true of its report.
+FAILURES: tuple[tuple[Callable[[Any], Any], str], ...] = (
+    (lambda r: r.error is not None, "failed: {error}"),
+    (lambda r: r.status is None, "ended with its monitor (pid {monitor_pid}), which was killed"),
+    (lambda r: r.end in (End.HUNG, End.STOPPED), "{reason}"),
+    (lambda r: r.end not in (End.RUNNING, End.BY_ITSELF), "did not go on: {waiting}"),
+    (lambda r: r.status == 0, "ended with exit code 0, while others went on"),
+    (
+        lambda r: r.status > 0 and r.pid and r.connected is None,
+        "ended with exit code {status} before it connected: see its output above",
+    ),
+    (lambda r: r.status > 0, "ended with exit code {status}"),
+    (lambda r: r.status != -signal.SIGKILL, "ended by {signal}"),
+    (lambda r: r.oom_kills > 0, "ended by SIGKILL: out of memory, such kills here: {oom_kills}"),
+    (lambda r: r.pid is None, "ended by SIGKILL (out of memory?)"),  # no report, nobody counted
+    (lambda r: True, "ended by SIGKILL, which nobody here sent"),
+)
+
+
+def describe_failure(report: Report) -> str:
+    pid = f"pid {report.pid}" if report.pid else f"its monitor's pid {report.monitor_pid}"
+    since = report.clock_since or report.heartbeat or report.started or 0.0
+    waited = (report.ended or since) - since
+    signals = {-number: number.name for number in signal.Signals}
+    words = next(words for is_true, words in FAILURES if is_true(report)).format(
+        **vars(report),
+        waiting=f"{waiting_for(report.clock or HEARTBEAT)} for {waited:.1f} s",
+        signal=signals.get(report.status or 0, f"signal {abs(report.status or 0)}"),
     )
-    parser.add_argument("--shutdown-timeout", metavar="SECONDS", type=float, default=DEFAULT_GRACE_SECONDS,
-                        help="seconds a stopped rank has to end by itself (default: 30)")  # fmt: skip
-    parser.add_argument("--parent-pid", type=int, metavar="PID", help="end the rank when this, our parent, dies")
+    return f"rank {report.rank} ({pid}) {words}"
+
+
+def describe_places(suspect: int | None, places: Mapping[int, Place]) -> str:
+    """In one line, the suspect first."""
+    import reprlib
+
+    groups: dict[str, list[int]] = {}
+    for rank, place in places.items():
+        groups.setdefault(place.text, []).append(rank)
+    ordered = sorted(groups.items(), key=lambda group: (suspect not in group[1], -len(group[1])))
+    parts = [
+        f"rank{'s' * (len(ranks) > 1)} {reprlib.repr(ranks)[1:-1]} {text}"
+        for text, ranks in ordered
+    ]
+    if len(parts) > MAX_PLACES:
+        parts[MAX_PLACES:] = [f"{len(parts) - MAX_PLACES} more places"]
+    return "; ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """8.1 s; 14 m 31 s; 3 h 02 m."""
+    if round(seconds, 1) < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} m" if hours else f"{minutes} m {rest:02d} s"
+
+
+def make_incident(
+    attempt: int,
+    directory: Path,
+    start: float,
+    *,
+    reports: Sequence[Report],
+    outcome: Outcome | None = None,
+    stopped_by: str | None = None,
+    world: int | None = None,
+    previous_end: float | None = None,
+    now: float | None = None,
+) -> Incident:
+    """Without `outcome`, statuses tell how it ended; `now` is when, if no report tells."""
+
+    def known(name: str) -> list[Any]:
+        return [x for report in reports if (x := getattr(report, name)) is not None]
+
+    if outcome is None:
+        is_well = all(report.status == 0 for report in reports)
+        outcome = Outcome.WELL if is_well else Outcome.FAILED
+    end = max(known("ended"), default=now or time.time())
+    last = min(known("heartbeat"), default=None)
+    is_failure = outcome not in (Outcome.WELL, Outcome.STOPPED)
+    incident = Incident(
+        *(attempt, os.uname().nodename, start, end, outcome),
+        first_heartbeat=min(known("first_heartbeat"), default=None),
+        last_heartbeat=last,
+        detection=end - last if last and is_failure else None,
+        restart=start - previous_end if previous_end else None,
+        first_step=min(known("first_step"), default=None),
+        last_step=max(known("step"), default=None),
+        saved_step=max(known("saved"), default=None),
+        statuses={str(report.rank): report.status for report in reports},
+        connected=bool(known("connected")),
+        requests=known("request"),
+        verdict=f"stopped by {stopped_by}" if stopped_by else None,
+    )
+    if outcome == Outcome.FAILED:
+        find_cause(incident, directory, reports, world)
+    return incident
+
+
+def find_cause(
+    incident: Incident, directory: Path, reports: Sequence[Report], world: int | None
+) -> None:
+    """Let the incident of a failed attempt tell who is to blame, and where the ranks were."""
+    places = {x.rank: place for x in reports if (place := read_place(directory, x))}
+    suspect, incident.certain, incident.verdict = judge(reports, places, world)
+    if suspect is not None:
+        incident.suspect, incident.error = suspect.rank, suspect.error
+    incident.places = describe_places(incident.suspect, places)
+
+
+def read_incidents(run_dir: Path) -> list[Incident]:
+    path = run_dir / "incidents.jsonl"
+    names = [field.name for field in dataclasses.fields(Incident)]
+    incidents = []
+    for line in read_text(path).splitlines():
+        try:
+            values = json.loads(line)
+            values["outcome"] = Outcome(values["outcome"])
+            incidents.append(Incident(**{name: values[name] for name in names}))
+        except (ValueError, TypeError, KeyError):
+            warn(f"skipped a line of {path} that tells of no attempt")
+    return incidents
+
+
+def explain(incident: Incident, evidence: str, what_next: str, saved: int = 0) -> str:
+    """Who, where, and what happens next; `saved`: the step of the checkpoint at its start."""
+    ran = duration(incident.end - incident.start)
+    step = "" if incident.last_step is None else f" at step {incident.last_step}"
+    lines = [f"attempt {incident.attempt} ended after {ran}{step}: {incident.why()}"]
+    if incident.places:
+        lines.append(f"  {incident.places}")
+    if saved and incident.first_step == 0:
+        lines.append(f"  it began at step 0 although step {saved} was saved: see its warning")
+    return "\n".join([*lines, f"  evidence: {evidence}; {what_next}"])
+
+
+@dataclasses.dataclass
+class TimeSpent:
+    """Where the wall time of a run went, in seconds."""
+
+    total: float
+    counted: float  # in steps that are part of the training
+    lost: float  # in steps that were done again, or never saved
+    detection: float
+    restart: float
+    setup: float  # all else
+
+
+def time_spent(incidents: Sequence[Incident]) -> TimeSpent:
+    total = incidents[-1].end - incidents[0].start if incidents else 0.0
+    training = [(x.last_heartbeat or 0.0) - (x.first_heartbeat or 0.0) for x in incidents]
+    counted = sum(x * kept_share(incidents[n:]) for n, x in enumerate(training))
+    detection = sum(x.detection or 0.0 for x in incidents)
+    restart = sum(x.restart or 0.0 for x in incidents)
+    setup = total - sum(training) - detection - restart
+    return TimeSpent(total, counted, sum(training) - counted, detection, restart, setup)
+
+
+def kept_share(incidents: Sequence[Incident]) -> float:
+    """Which share of the first one's steps later ones did not do again, or else was saved."""
+    this, *later = incidents
+    begin, end = this.first_step or 0, this.last_step or 0
+    if end == begin:
+        return float(not this.detection)
+    resumed = [incident.first_step for incident in later if incident.first_step is not None]
+    kept = end if this.outcome == Outcome.WELL else this.saved_step or 0
+    kept = min([end, *resumed] if resumed else [end, kept])
+    return max(kept - begin, 0) / (end - begin)
+
+
+def render_report(incidents: Sequence[Incident], width: int = 100) -> str:
+    """What became of each attempt, and where the time went."""
+    import textwrap
+
+    row, indent = "{:>7}  {:<8}  {:>10}  {:>15}  {:>7}  {}", " " * 9
+    lines = [row.format("attempt", "started", "ran", "steps", "saved", "why it ended")]
+    for this in incidents:
+        started = time.strftime("%H:%M:%S", time.localtime(this.start))
+        steps = "none" if this.last_step is None else f"{this.first_step}-{this.last_step}"
+        ran, saved = duration(this.end - this.start), this.saved_step or "-"
+        text = row.format(this.attempt, started, ran, steps, saved, this.why())
+        lines += textwrap.wrap(text, width, subsequent_indent=indent)
+        lines += textwrap.wrap(indent + this.places, width, subsequent_indent=indent)
+    spent = time_spent(incidents)
+    share = 100 * spent.counted / (spent.total or 1.0)
+    counted, total = duration(spent.counted), duration(spent.total)
+    lines.append(f"goodput {share:.1f} %: {counted} of {total} wall time in steps that counted")
+    lost = f"lost: {duration(spent.setup)} set-up, {duration(spent.lost)} in steps repeated or "
+    lost += f"unsaved, {duration(spent.detection)} detection, {duration(spent.restart)} restart"
+    return "\n".join([*lines, *textwrap.wrap(lost, width)])
+
+
+def render_status(reports: Sequence[Report], now: float) -> str:
+    """For each rank the age of its last heartbeat, and the clock that runs out first."""
+    row = "{:>4}  {!s:>8}  {!s:>10}  {:>9}  {:>9}  {:>8}  {}"
+    lines = [row.format("rank", "pid", "step", "heartbeat", "waited", "limit", "clock")]
+    for report in reports:
+        clock, times = report.clock, [report.heartbeat, report.clock_since]
+        seconds = [*(now - x if x else None for x in times), report.clock_limit]
+        if report.ended:
+            clock, seconds = report.reason or f"ended with status {report.status}", [None] * 3
+        elif is_gone(report, report.monitor_pid):
+            clock, seconds = "gone", [None] * 3
+        texts = ["-" if x is None else f"{x:.1f} s" for x in seconds]
+        lines.append(row.format(report.rank, report.pid, report.step, *texts, clock))
+    return "\n".join(lines)
+
+
+def is_gone(report: Report, pid: int | None) -> bool:
+    """Whether a process that a report names, on this host, exists no more."""
+    return report.host == os.uname().nodename and not os.path.exists(f"/proc/{pid}")
+
+
+def is_alive(attempt: Path) -> bool:
+    return not all(is_gone(report, report.launcher_pid) for report in read_reports(attempt))
+
+
+def find_run_dir(path: Path) -> Path:
+    """`path`, or the newest run below it, if possible one that is alive. Raises ConfigError."""
+    links = [path / "latest", *path.glob("*/latest")]
+    runs = [(is_alive(x), x.lstat().st_mtime, x.parent) for x in links if x.is_symlink()]
+    if not runs:
+        remedy = "give the directory that ft_launcher prints as evidence"
+        raise ConfigError(f"no run found in {str(path)!r}: {remedy}")
+    return max(runs)[2]
+
+
+def all_incidents(run_dir: Path) -> list[Incident]:
+    """Also of an attempt whose launcher was killed, and could not write it down."""
+    incidents, latest = read_incidents(run_dir), run_dir / "latest"
+    reports = read_reports(latest)
+    noted = {incident.attempt: incident.end for incident in incidents}
+    if reports and not is_alive(latest) and reports[0].attempt not in noted:
+        start = latest.lstat().st_mtime
+        incident = make_incident(
+            reports[0].attempt,
+            latest,
+            start,
+            reports=reports,
+            outcome=Outcome.LAUNCHER_DIED,
+            previous_end=max(noted.values(), default=None),
+            now=max(report.heartbeat or start for report in reports),
+        )
+        incidents.append(incident)
+    if not incidents:
+        raise ConfigError(f"no attempt of {str(run_dir)!r} has ended yet: see --ft-status")
+    return incidents
+
+
+def asks_to_look(argv: Sequence[str]) -> bool:
+    """Whether show() is meant: its flag comes first."""
+    flag = "".join(argv[:1]).partition("=")[0].replace("_", "-")
+    return flag in ("--ft-status", "--ft-report")
+
+
+def show(argv: Sequence[str]) -> int:
+    """Answer --ft-status [RUN_DIR] or --ft-report [RUN_DIR], and return the exit code."""
+    from pathlib import Path
+
+    flag, *words = [*argv[0].split("=", 1), *argv[1:]]
+    path = words.pop(0) if words else os.environ.get("PET_FT_RUN_DIR", default_run_dir())
+    try:
+        if words:
+            raise ConfigError(f"unexpected {words[0]!r}, expected {flag} [RUN_DIR]")
+        run_dir = find_run_dir(Path(path))
+        if flag.endswith("status"):
+            text = render_status(read_reports(run_dir / "latest"), time.time())
+        else:
+            text = render_report(all_incidents(run_dir))
+        print(f"{run_dir}\n{text}", flush=True)
+    except BrokenPipeError:  # its reader has ended, as head does; what is left is flushed at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ConfigError, OSError) as error:
+        print(f"ft_launcher.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+# ------------------------------------------------------------------------------------------ main
+
+
+def monitor_command() -> list[str]:
+    """How to start a monitor; -- and the rank's command line follow.
+
+    -I -S: quick to start, and nothing of the user's is imported in place of a standard module. As
+    a module, it is not compiled each time.
+    """
+    call = "import sys; sys.path.append(sys.argv.pop(1)); import ft_monitor; ft_monitor.main()"
+    here = os.path.dirname(os.path.realpath(__file__))
+    return [sys.executable, "-I", "-S", "-c", call, here]
+
+
+def parse_arguments(argv: Sequence[str]) -> tuple[Sequence[str], FaultToleranceConfig, float]:
+    """The rank's command, the settings, and the grace in seconds."""
+    grace = float(os.environ.get("FT_SHUTDOWN_TIMEOUT") or GRACE_SECONDS)
+    if argv[:1] == ["--"] and argv[1:]:  # the launcher's way, which needs no argparse
+        return argv[1:], FaultToleranceConfig.from_environment(), grace
+    import argparse
+
+    usage, about = "ft_monitor.py [options] -- COMMAND ...", "Kills a command when it hangs."
+    parser = argparse.ArgumentParser(usage=usage, description=about, allow_abbrev=False)
+    about = "seconds that a stopped rank has to end (default: 30)"
+    parser.add_argument("--shutdown-timeout", type=float, default=grace, help=about)
     FaultToleranceConfig.add_arguments(parser)
     parser.add_argument("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    args.command = args.command[1:] if args.command[:1] == ["--"] else args.command
-    if not args.command:
+    command = args.command[1:] if args.command[:1] == ["--"] else args.command
+    if not command:
         parser.error("no command: give the rank's command line after --")
     if not 0 <= args.shutdown_timeout < math.inf:
-        parser.error(f"--shutdown-timeout: got {args.shutdown_timeout}, expected a number of at least 0")
+        parser.error(f"--shutdown-timeout: got {args.shutdown_timeout}, expected 0 or more")
     try:
-        return args, FaultToleranceConfig.from_args(args)
+        return command, FaultToleranceConfig.from_args(args), args.shutdown_timeout
     except ConfigError as error:
         parser.error(str(error))
 
 
+def launch() -> None:
+    """The command ft_launcher; it looks at runs without importing torch."""
+    import runpy
+
+    runpy.run_module("ft_launcher", run_name="__main__", alter_sys=True)
+
+
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    args, config = parse_arguments(sys.argv[1:] if argv is None else argv)
-    attempt = os.environ.get("FT_ATTEMPT") or 0
-    configure_logging("ft_monitor", config.log_level, f"ft_monitor attempt {attempt} rank {rank_number()}")
-    monitor = RankMonitor(args.command, config, args.shutdown_timeout, args.parent_pid, evidence_path("json"))
-    end_like(monitor.run())
+    command, config, grace = parse_arguments(sys.argv[1:] if argv is None else argv)
+    if not os.environ.get("FT_RUN_DIR"):
+        os.environ["FT_RUN_DIR"] = os.path.join(default_run_dir(), f"monitor_{os.getpid()}")
+    log = Log(f"ft_monitor attempt {attempt_number()} rank {rank_number()}", config.log_level)
+    launcher = int(os.environ.get("FT_LAUNCHER_PID") or 0)
+    end_like(Loop(RankMonitor(command, config, log, grace, launcher)).run())
 
 
 if __name__ == "__main__":

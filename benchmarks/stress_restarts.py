@@ -1,10 +1,11 @@
-"""Counts how many restarts come back: ranks are killed or frozen again and again, on one node or on two.
+"""Counts how many restarts come back: ranks are killed or frozen, on one node or on two.
 
     python benchmarks/stress_restarts.py --restarts 20
 
-Each case is one job of two ranks that all-reduce with gloo. As often as --restarts says the victims fail in the middle
-of training; a restart counts as resumed when all ranks have all-reduced again. Two nodes are two launchers on this
-host, which meet in a c10d rendezvous. Prints a row for each case, and exits with 1 unless every restart resumed.
+Each case is one job of two ranks that all-reduce with gloo. As often as --restarts says the victims
+fail in the middle of training; a restart counts as resumed when all ranks have all-reduced again.
+Two nodes are two launchers on this host, which meet in a c10d rendezvous. Prints a row for each
+case, and exits with 1 unless every restart resumed.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def rank(directory: Path, restarts: int, number: int, victims: str) -> None:
 def run_case(
     nodes: int, number: int, victims: tuple[int, ...], restarts: int, limit: float
 ) -> tuple[int, list[int], float]:
-    """Return the restarts that resumed, the launchers' exit codes (-9: not ended in time), and the seconds taken."""
+    """The restarts that resumed, the launchers' exit codes (-9: not in time), the seconds taken."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         with socket.socket() as probe:
@@ -77,15 +78,18 @@ def run_case(
             "--rdzv-id=stress",
         ]
         command = [
-            sys.executable, str(ROOT / "ft_launcher.py"), f"--nproc-per-node={2 // nodes}", *rendezvous,
-            f"--max-restarts={restarts + 5}", "--ft-rank-heartbeat-timeout=3", f"--ft-run-dir={directory / 'runs'}",
+            sys.executable, str(ROOT / "ft_launcher.py"), f"--nproc-per-node={2 // nodes}",
+            *rendezvous, f"--max-restarts={restarts + 5}", "--ft-rank-heartbeat-timeout=3",
+            f"--ft-run-dir={directory / 'runs'}",
             __file__, "--rank", name, "--restarts", str(restarts), "--signal", str(int(number)),
             "--victims", ",".join(map(str, victims)),
         ]  # fmt: skip
         start = time.monotonic()
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         log = open(directory / "log", "wb")  # noqa: SIM115  closed with the process
-        launchers = [subprocess.Popen(command, env=environment, stdout=log, stderr=log) for _ in range(nodes)]
+        launchers = [
+            subprocess.Popen(command, env=environment, stdout=log, stderr=log) for _ in range(nodes)
+        ]
         for launcher in launchers:
             try:
                 launcher.wait(max(1.0, start + limit - time.monotonic()))
@@ -103,7 +107,9 @@ def run_case(
 def main() -> int:
     parser = argparse.ArgumentParser(description="Count how many restarts come back.")
     parser.add_argument("--restarts", type=int, default=20, help="in each case")
-    parser.add_argument("--case", choices=CASES, action="append", help="only this case; may be given again")
+    parser.add_argument(
+        "--case", choices=CASES, action="append", help="only this case; may be given again"
+    )
     parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--signal", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--victims", help=argparse.SUPPRESS)
@@ -115,10 +121,14 @@ def main() -> int:
     print(f"{'case':<34} {'resumed':>9} {'seconds each':>13}  exit codes")
     for name in args.case or CASES:
         nodes, number, victims = CASES[name]
-        resumed, codes, seconds = run_case(nodes, number, victims, args.restarts, limit=60.0 + 40.0 * args.restarts)
+        resumed, codes, seconds = run_case(
+            nodes, number, victims, args.restarts, limit=60.0 + 40.0 * args.restarts
+        )
         all_resumed &= resumed == args.restarts and not any(codes)
         print(
-            f"{name:<34} {resumed:>3} of {args.restarts:<2} {seconds / (args.restarts + 1):>13.1f}  {codes}", flush=True
+            f"{name:<34} {resumed:>3} of {args.restarts:<2} "
+            f"{seconds / (args.restarts + 1):>13.1f}  {codes}",
+            flush=True,
         )
     return 0 if all_resumed else 1
 

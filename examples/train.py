@@ -1,11 +1,12 @@
-"""A character-level language model, trained with Lightning so that it survives crashes, hangs and time limits.
+"""A character-level language model whose training survives crashes, hangs and time limits.
 
-    ./autoresume.sh python ft_launcher.py --nproc-per-node=2 --max-restarts=3 examples/train.py --fault rank_killed
+    ./autoresume.sh python ft_launcher.py --nproc-per-node=2 --max-restarts=3 \\
+        examples/train.py --fault rank_killed
 
 What makes it so is marked with numbers:
   1. devices and nodes come from the launcher;
-  2. checkpoints go to a directory that is the same in every run, and the newest is always kept as last.ckpt;
-  3. `ckpt_path="last"` goes on from there;
+  2. checkpoints go to a directory that is the same in every run, the newest also as last.ckpt;
+  3. `ckpt_path="last"` resumes from there;
   4. the callback, which connects each rank to its monitor.
 """
 
@@ -54,7 +55,7 @@ class CharacterModel(LightningModule):
 
 
 def load_text() -> tuple[TensorDataset, TensorDataset, int]:
-    """Training and validation pieces of the Python manual, and the number of different characters in it."""
+    """Training and validation pieces of the Python manual, and how many characters it knows."""
     text = "".join(pydoc_data.topics.topics.values())
     number = {character: index for index, character in enumerate(sorted(set(text)))}
     data = torch.tensor([number[character] for character in text])
@@ -63,18 +64,36 @@ def load_text() -> tuple[TensorDataset, TensorDataset, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train a small language model on the text of Python's manual.")
+    parser = argparse.ArgumentParser(
+        description="Train a small language model on the text of Python's manual."
+    )
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--steps-per-epoch", type=int, default=10, help="batches of one rank between checkpoints")
-    parser.add_argument("--dir", type=Path, default=Path("checkpoints"), help="where checkpoints go")
-    parser.add_argument("--fault", choices=("rank_killed", "rank_hung", "random"), help="try it: let a rank fail")
-    parser.add_argument("--fault-delay", type=float, default=3.0, metavar="SECONDS", help="after the callback's setup")
+    parser.add_argument(
+        "--steps-per-epoch", type=int, default=10, help="batches of one rank between checkpoints"
+    )
+    parser.add_argument(
+        "--dir", type=Path, default=Path("checkpoints"), help="where checkpoints go"
+    )
+    parser.add_argument(
+        "--fault", choices=("rank_killed", "rank_hung", "random"), help="try it: let a rank fail"
+    )
+    parser.add_argument(
+        "--fault-delay",
+        type=float,
+        default=3.0,
+        metavar="SECONDS",
+        help="after the callback's setup",
+    )
     args = parser.parse_args()
 
     seed_everything(1)
     training, validation, vocabulary = load_text()
     first_start = os.environ.get("FT_ATTEMPT", "0") == "0" and not (args.dir / "last.ckpt").exists()
-    fault = {"fault_type": args.fault, "base_delay": args.fault_delay} if args.fault and first_start else None
+    fault = (
+        {"fault_type": args.fault, "base_delay": args.fault_delay}
+        if args.fault and first_start
+        else None
+    )
     trainer = Trainer(
         devices=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),  # 1
         num_nodes=int(os.environ.get("GROUP_WORLD_SIZE", 1)),
@@ -86,7 +105,10 @@ def main() -> None:
         callbacks=[
             ModelCheckpoint(dirpath=args.dir, save_last=True, save_on_train_epoch_end=True),  # 2
             FaultToleranceCallback(
-                autoresume=True, calculate_timeouts=True, exp_dir=args.dir, simulated_fault_params=fault
+                autoresume=True,
+                calculate_timeouts=True,
+                exp_dir=args.dir,
+                simulated_fault_params=fault,
             ),  # 4
             TQDMProgressBar(refresh_rate=10),
         ],

@@ -4,12 +4,11 @@
         examples/train_pytorch.py --fault rank_killed
 
 What makes it so is marked with numbers:
-  1. the client connects to this rank's monitor before anything that can hang;
-  2. heartbeats, with the step; what is slow for good reasons is a section, with a time limit of its own;
-  3. checkpoints are written beside their target and renamed;
-  4. timeouts are calculated from what all ranks have seen, and replace the configured ones at once; they are kept for
-     the next start, which widens those that have ended ranks too early;
-  5. the finished flag, by which autoresume.sh knows that training is complete, and its progress until then.
+  1. the client connects to this rank's monitor before anything that can hang; limits are learned,
+     and kept in a file for the next start;
+  2. heartbeats, with the step; what is slow for good reasons is a section;
+  3. checkpoints are written beside their target and renamed, and reported;
+  4. training is complete: the finished flag appears when the script ends well.
 """
 
 import argparse
@@ -24,10 +23,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ft_monitor import RankMonitorClient, write_json
+from ft_monitor import RankMonitorClient
 
 CONTEXT = 64  # characters that the model sees at once
-MIN_STEPS = 16  # before timeouts are calculated
 FAULTS = {"rank_killed": signal.SIGKILL, "rank_hung": signal.SIGSTOP}
 
 
@@ -52,7 +50,7 @@ def load_text() -> tuple[torch.Tensor, int]:
 
 
 def batch(text: torch.Tensor, step: int, size: int = 32) -> torch.Tensor:
-    """The pieces of text for one step of one rank: the same after a restart, whatever was done before it."""
+    """The pieces of text for one step of one rank: the same after a restart."""
     generator = torch.Generator().manual_seed(step * dist.get_world_size() + dist.get_rank())
     starts = torch.randint(len(text) - CONTEXT - 1, (size,), generator=generator)
     return torch.stack([text[start : start + CONTEXT + 1] for start in starts.tolist()])
@@ -67,29 +65,26 @@ def save(path: Path, state: dict[str, Any]) -> None:
     os.replace(beside, path)  # 3
 
 
-def load_timeouts(client: RankMonitorClient, directory: Path) -> None:
-    """Give all ranks the timeouts that earlier runs have calculated, as rank 0 reads and judges them."""
-    states: list[Any] = [None]
-    if dist.get_rank() == 0:
-        for line in client.read_state(directory):
-            print(line, flush=True)
-        states = [client.state_dict()]
-    dist.broadcast_object_list(states)
-    client.load_state_dict(states[0], notes=directory)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train a small language model on the text of Python's manual.")
+    parser = argparse.ArgumentParser(
+        description="Train a small language model on the text of Python's manual."
+    )
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--save-every", type=int, default=50, metavar="STEPS")
-    parser.add_argument("--dir", type=Path, default=Path("checkpoints"), help="where the checkpoint goes")
-    parser.add_argument("--fault", choices=FAULTS, help="try it: let the last rank fail, in the first start")
-    parser.add_argument("--fault-step", type=int, default=80, metavar="STEP", help="after so many steps")
+    parser.add_argument(
+        "--dir", type=Path, default=Path("checkpoints"), help="where the checkpoint goes"
+    )
+    parser.add_argument(
+        "--fault", choices=FAULTS, help="try it: let the last rank fail, in the first start"
+    )
+    parser.add_argument(
+        "--fault-step", type=int, default=80, metavar="STEP", help="after so many steps"
+    )
     args = parser.parse_args()
 
-    flag = os.environ.get("FAULT_TOL_FINISHED_FLAG_FILE")
     client = RankMonitorClient()
-    client.init_workload_monitoring(measure=["setup", "first_batch", "checkpointing"])  # 1
+    state_file = args.dir / "ft_state.json"
+    client.init_workload_monitoring(calculate_timeouts=True, state_file=state_file)  # 1
     client.start_section("setup")  # 2
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
@@ -108,12 +103,15 @@ def main() -> None:
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
     client.end_section("setup")
-    client.send_heartbeat(start)  # before limits come into force: setup may have taken longer than they are
-    load_timeouts(client, args.dir)  # 4
     client.start_section("first_batch")  # 2
 
     for step in range(start, args.steps):
-        if args.fault and first_start and step == args.fault_step and dist.get_rank() == dist.get_world_size() - 1:
+        if (
+            args.fault
+            and first_start
+            and step == args.fault_step
+            and dist.get_rank() == dist.get_world_size() - 1
+        ):
             print(f"simulated fault: {args.fault} on rank {dist.get_rank()}", flush=True)
             os.kill(os.getpid(), FAULTS[args.fault])
         pieces = batch(text, step).to(device)
@@ -128,25 +126,20 @@ def main() -> None:
             client.start_section("checkpointing")  # 2
             if dist.get_rank() == 0:
                 args.dir.mkdir(parents=True, exist_ok=True)
-                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+                state = {
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "step": step + 1,
+                }
                 save(checkpoint, state)
-                client.report_saved(step + 1)
-                if flag:
-                    write_json(Path(f"{flag}.progress"), {"step": step + 1})  # 5
+                client.report_saved(step + 1)  # 3
                 print(f"step {step + 1}: loss {loss.item():.3f}, saved {checkpoint}", flush=True)
             dist.barrier()
             client.end_section("checkpointing")
-            client.send_heartbeat(step + 1)  # before limits come into force: the save was longer than they are
-            if step - start >= MIN_STEPS:
-                client.calculate_and_set_section_timeouts(calc_out_of_section=False, skip_if_not_ready=True)  # 4
-                client.calculate_and_set_hb_timeouts(skip_if_not_ready=True)
-                if dist.get_rank() == 0:
-                    client.write_state(args.dir)
 
-    if flag and dist.get_rank() == 0:
-        write_json(Path(flag), {"reason": f"{args.steps} steps done", "step": args.steps}, durable=True)  # 5
+    if dist.get_rank() == 0:
+        client.training_complete(reason=f"{args.steps} steps done", step=args.steps)  # 4
     dist.destroy_process_group()
-    client.shutdown_workload_monitoring()  # last: nothing after it is watched
 
 
 if __name__ == "__main__":

@@ -73,24 +73,43 @@ class Slurm:
         self.directory = directory
         host = socket.gethostname().partition(".")[0]
         address = socket.gethostbyname(host)
-        assert address.startswith("127."), f"{host} must resolve to a loopback address, not to {address}"
+        assert address.startswith("127."), (
+            f"{host} must resolve to a loopback address, not to {address}"
+        )
         for name in ("state", "log", "spool/n1", "spool/n2"):
             (directory / name).mkdir(parents=True)
         port = free_ports()
-        values = {"host": host, "address": address, "port": port, "first": port + 1, "second": port + 2}
+        values = {
+            "host": host,
+            "address": address,
+            "port": port,
+            "first": port + 1,
+            "second": port + 2,
+        }
         user = os.environ.get("USER") or "root"
         text = CONFIGURATION.format(directory=directory, user=user, **values)
         (directory / "slurm.conf").write_text(text)
         (directory / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
-        (directory / "gres.conf").write_text("NodeName=n1,n2 Name=gpu Count=2 File=/dev/null,/dev/zero\n")
+        (directory / "gres.conf").write_text(
+            "NodeName=n1,n2 Name=gpu Count=2 File=/dev/null,/dev/zero\n"
+        )
         kept = {
-            name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "FT_", "FAULT", "PET_"))
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("SLURM", "FT_", "FAULT", "PET_"))
         }
-        self.environment = kept | {"SLURM_CONF": str(directory / "slurm.conf"), "PYTHON": sys.executable}
+        self.environment = kept | {
+            "SLURM_CONF": str(directory / "slurm.conf"),
+            "PYTHON": sys.executable,
+        }
         self.daemons: list[subprocess.Popen[bytes]] = []
 
     def start(self) -> None:
-        for daemon in (["slurmctld", "-D", "-c"], ["slurmd", "-D", "-N", "n1"], ["slurmd", "-D", "-N", "n2"]):
+        for daemon in (
+            ["slurmctld", "-D", "-c"],
+            ["slurmd", "-D", "-N", "n1"],
+            ["slurmd", "-D", "-N", "n2"],
+        ):
             self.daemons.append(
                 subprocess.Popen(
                     daemon, env=self.environment, start_new_session=True,
@@ -100,10 +119,15 @@ class Slurm:
         wait_until(self.is_idle, 60, "two idle nodes")
 
     def is_idle(self) -> bool:
-        return self.call("sinfo", "-p", "main", "-N", "-h", "-o", "%T", check=False).split() == ["idle", "idle"]
+        return self.call("sinfo", "-p", "main", "-N", "-h", "-o", "%T", check=False).split() == [
+            "idle",
+            "idle",
+        ]
 
     def call(self, *command: str, check: bool = True, cwd: Path | None = None) -> str:
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, cwd=cwd, timeout=60)
+        done = subprocess.run(
+            command, env=self.environment, capture_output=True, text=True, cwd=cwd, timeout=60
+        )
         assert not check or done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout.strip()
 
@@ -130,7 +154,10 @@ class Slurm:
     def stop(self) -> None:
         try:
             self.cancel_all()
-        except (AssertionError, subprocess.TimeoutExpired):  # slurmctld does not answer: the daemons are to end anyway
+        except (
+            AssertionError,
+            subprocess.TimeoutExpired,
+        ):  # slurmctld does not answer: the daemons are to end anyway
             pass
         for daemon in self.daemons:
             daemon.terminate()
@@ -140,7 +167,9 @@ class Slurm:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
-        for pid in processes_with(f"SLURM_CONF={self.directory}/slurm.conf"):  # job steps outlive slurmd
+        for pid in processes_with(
+            f"SLURM_CONF={self.directory}/slurm.conf"
+        ):  # job steps outlive slurmd
             if is_running(pid):
                 os.kill(pid, signal.SIGKILL)
 
@@ -160,7 +189,9 @@ def free_ports() -> int:
 
 @pytest.fixture(scope="module")
 def slurm() -> Iterator[Slurm]:
-    directory = Path(tempfile.mkdtemp(prefix="sl", dir="/tmp"))  # a long path breaks the sockets of steps
+    directory = Path(
+        tempfile.mkdtemp(prefix="sl", dir="/tmp")
+    )  # a long path breaks the sockets of steps
     cluster = Slurm(directory)
     try:
         cluster.start()
@@ -201,7 +232,11 @@ def write_program(path: Path, text: str) -> Path:
 
 
 def write_job(
-    directory: Path, *options: str, lines: str = "-t 5", command: str = './train.sh "$@"', start: str = "exec"
+    directory: Path,
+    *options: str,
+    lines: str = "-t 5",
+    command: str = './train.sh "$@"',
+    start: str = "exec",
 ) -> Path:
     """A job script that starts autoresume.sh, and the command; programs in the directory `bin` hide SLURM's."""
     write_program(directory / "train.sh", TRAIN)
@@ -223,7 +258,9 @@ def jobs_of(directory: Path, flag: str = "ft_finished.flag") -> list[str]:
 
 
 def notes(directory: Path) -> list[dict[str, str]]:
-    return [json.loads(line) for line in (directory / "ft_finished.flag.runs").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (directory / "ft_finished.flag.runs").read_text().splitlines()
+    ]
 
 
 def starts(directory: Path, flag: str = "ft_finished.flag") -> list[str]:
@@ -232,37 +269,49 @@ def starts(directory: Path, flag: str = "ft_finished.flag") -> list[str]:
 
 
 def wait_for_starts(directory: Path, count: int, flag: str = "ft_finished.flag") -> None:
-    wait_until(lambda: len(starts(directory, flag)) >= count, 60, f"{count} starts: {output(directory)}")
+    wait_until(
+        lambda: len(starts(directory, flag)) >= count, 60, f"{count} starts: {output(directory)}"
+    )
 
 
-def test_a_chain_of_jobs_ends_with_the_flag_and_an_empty_queue(slurm: Slurm, directory: Path) -> None:
-    job = slurm.submit(directory, "-J", "a name", str(write_job(directory)), "3", "go  on", "", "*", "")
+def test_a_chain_of_jobs_ends_with_the_flag_and_an_empty_queue(
+    slurm: Slurm, directory: Path
+) -> None:
+    job = slurm.submit(
+        directory, "-J", "a name", str(write_job(directory)), "3", "go  on", "", "*", ""
+    )
     slurm.wait_empty()
     lines = [line.split(" ", 2) for line in starts(directory)]
     assert [line[2] for line in lines] == ["<3> <go  on> <> <*> <>"] * 3, output(directory)
-    assert len({line[0] for line in lines}) == 3 and lines[0][0] == job
+    assert len({line[0] for line in lines}) == 3 and lines[0][0] == job, output(directory)
     assert "training is complete" in output(directory)
     assert not re.search("warning|cannot|words", output(directory)), output(directory)
     runs = notes(directory)
-    assert [run["job"] for run in runs if run["event"] == "start"] == [line[0] for line in lines]
+    assert [run["job"] for run in runs if run["result"] == "running"] == [line[0] for line in lines]
     assert runs[-1]["result"] == "complete"
     names = slurm.call("scontrol", "show", "job", lines[-1][0], "--oneliner")
     assert "JobName=a name" in names
 
 
-def test_usr1_before_the_time_limit_hands_over_to_the_next_job(slurm: Slurm, directory: Path) -> None:
+def test_usr1_before_the_time_limit_hands_over_to_the_next_job(
+    slurm: Slurm, directory: Path
+) -> None:
     job = slurm.submit(directory, str(write_job(directory)), "2", "wait")
     wait_for_starts(directory, 1)
     slurm.call("scancel", "--batch", "--signal=USR1", job)
     slurm.wait_empty()
     assert len(starts(directory)) == 2, output(directory)
-    assert "got SIGUSR1: asking the job to save a checkpoint" in output(directory)
+    assert "got SIGUSR1: passing it on" in output(directory)
     assert (directory / "ft_finished.flag").exists()
 
 
-def test_after_usr1_a_failed_run_is_followed_by_none_in_this_job(slurm: Slurm, directory: Path) -> None:
+def test_after_usr1_a_failed_run_is_followed_by_none_in_this_job(
+    slurm: Slurm, directory: Path
+) -> None:
     job = slurm.submit(directory, str(write_job(directory, "--max-failures=6")), "99", "fail")
-    wait_until(lambda: "no new checkpoint was reported, 1 of 6" in output(directory), 60, "a first failure")
+    wait_until(
+        lambda: "no new checkpoint was reported, 1 of 6" in output(directory), 60, "a first failure"
+    )
     slurm.call("scancel", "--batch", "--signal=USR1", job)
     slurm.wait_empty()
     assert len({line.split()[0] for line in starts(directory)}) == 2, output(directory)
@@ -281,16 +330,18 @@ def test_a_time_limit_and_the_signal_before_it_are_survived(slurm: Slurm, direct
     for path in (told, untold):
         assert len(set(jobs_of(path))) == len(starts(path)) == 2, output(path)
         assert (path / "ft_finished.flag").exists()
-    assert "got SIGUSR1: asking the job to save a checkpoint" in output(told)
-    assert "goes on from here" in output(told)
+    assert "got SIGUSR1: passing it on" in output(told)
+    assert "continues from here" in output(told)
     assert "DUE TO TIME LIMIT" in output(untold) and "was cancelled" not in output(untold)
 
 
-def test_a_job_that_always_fails_stops_at_the_limit_and_leaves_no_job(slurm: Slurm, directory: Path) -> None:
+def test_a_job_that_always_fails_stops_at_the_limit_and_leaves_no_job(
+    slurm: Slurm, directory: Path
+) -> None:
     slurm.submit(directory, str(write_job(directory, "--max-failures=3")), "9", "fail")
     slurm.wait_empty()
     assert len(starts(directory)) == 3, output(directory)
-    assert "3 runs in a row reported no new checkpoint: giving up" in output(directory)
+    assert "3 runs in a row without progress: giving up" in output(directory)
 
 
 def test_scancel_cancels_the_continuation_too(slurm: Slurm, directory: Path) -> None:
@@ -304,7 +355,9 @@ def test_scancel_cancels_the_continuation_too(slurm: Slurm, directory: Path) -> 
     assert notes(directory)[-1]["reason"] == "stopped by SIGTERM"
 
 
-def test_scancel_while_the_continuation_is_being_queued_cancels_it(slurm: Slurm, directory: Path) -> None:
+def test_scancel_while_the_continuation_is_being_queued_cancels_it(
+    slurm: Slurm, directory: Path
+) -> None:
     script = write_job(directory)
     slow = f'{shutil.which("sbatch")} "$@"; touch queued; sleep 1'
     write_program(directory / "bin" / "sbatch", f"#!/bin/bash\ntrap '' TERM\n{slow}\n")
@@ -317,29 +370,50 @@ def test_scancel_while_the_continuation_is_being_queued_cancels_it(slurm: Slurm,
 
 
 @pytest.mark.parametrize("how", ["KILL", "pending", "no exec"])
-def test_a_job_cancelled_while_it_could_not_act_is_not_gone_on_with(slurm: Slurm, directory: Path, how: str) -> None:
-    job = slurm.submit(directory, str(write_job(directory, start="" if how == "no exec" else "exec")), "9", "wait")
+def test_a_job_cancelled_while_it_could_not_act_is_not_gone_on_with(
+    slurm: Slurm, directory: Path, how: str
+) -> None:
+    job = slurm.submit(
+        directory, str(write_job(directory, start="" if how == "no exec" else "exec")), "9", "wait"
+    )
     wait_for_starts(directory, 1)
     if how == "pending":
         slurm.call("scontrol", "requeuehold", job)
-        wait_until(lambda: slurm.call("squeue", "-h", "-j", job, "-o", "%t") == "PD", 30, "a job that is held")
+        wait_until(
+            lambda: slurm.call("squeue", "-h", "-j", job, "-o", "%t") == "PD",
+            30,
+            "a job that is held",
+        )
     slurm.call("scancel", *(["-s", "KILL"] if how == "KILL" else []), job)
     slurm.wait_empty(30)
     assert len(starts(directory)) == 1, output(directory)
     # KILL comes after a TERM, and autoresume.sh may live a moment longer than the job script: those may act themselves.
-    assert f"job {job}, which this job continues, was cancelled" in output(directory) or (
+    assert f"job {job}, which this job was to continue, was cancelled" in output(directory) or (
         how != "pending" and "the job was cancelled" in output(directory)
     )
-    assert ("warning: signals end the job script" in output(directory)) == (how == "no exec")
+    assert ("warning: signals will not arrive here" in output(directory)) == (how == "no exec")
 
 
 @pytest.mark.parametrize("partition", ["main", "cancel"])
-def test_a_job_that_is_preempted_is_gone_on_with_once(slurm: Slurm, directory: Path, partition: str) -> None:
+def test_a_job_that_is_preempted_is_gone_on_with_once(
+    slurm: Slurm, directory: Path, partition: str
+) -> None:
     """Requeued in the partition main, and cancelled in the other."""
     script = write_job(directory, lines=f"-t 5 -p {partition} -w n1 --exclusive")
     job = slurm.submit(directory, str(script), "2", "wait")
     wait_for_starts(directory, 1)
-    slurm.submit(directory, "-p", "urgent", "-w", "n1", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 0.5")
+    slurm.submit(
+        directory,
+        "-p",
+        "urgent",
+        "-w",
+        "n1",
+        "--exclusive",
+        "-o",
+        "/dev/null",
+        "--wrap",
+        "sleep 0.5",
+    )
     wait_for_starts(directory, 2)
     slurm.wait_empty()
     assert len(starts(directory)) == 2, output(directory)
@@ -347,14 +421,15 @@ def test_a_job_that_is_preempted_is_gone_on_with_once(slurm: Slurm, directory: P
     assert "was cancelled" not in output(directory)
 
 
-def test_a_continuation_that_the_user_cancels_is_not_queued_again(slurm: Slurm, directory: Path) -> None:
+def test_a_continuation_that_the_user_cancels_is_not_queued_again(
+    slurm: Slurm, directory: Path
+) -> None:
     slurm.submit(directory, str(write_job(directory)), "9", "wait")
     wait_for_starts(directory, 1)
     (continuation,) = slurm.queue("-t", "PENDING")
     slurm.call("scancel", continuation)
     (directory / "ft_finished.flag.stop").touch()
     wait_for_starts(directory, 2)
-    assert f"job {continuation}, which was to go on from here, was cancelled" in output(directory)
     assert len(slurm.queue()) == 1
     (job,) = slurm.queue()
     slurm.call("scancel", "--batch", "--signal=USR1", job)
@@ -376,7 +451,9 @@ def test_a_second_submission_has_a_continuation_of_its_own(slurm: Slurm, directo
     slurm.cancel_all()
 
 
-def test_a_job_of_a_chain_waits_for_a_lock_as_long_as_it_takes(slurm: Slurm, directory: Path) -> None:
+def test_a_job_of_a_chain_waits_for_a_lock_as_long_as_it_takes(
+    slurm: Slurm, directory: Path
+) -> None:
     """What an earlier job has left running holds it. A second that is waited takes no time here."""
     script = write_job(directory)
     slurm.submit(directory, str(script), "3", "wait")
@@ -386,38 +463,38 @@ def test_a_job_of_a_chain_waits_for_a_lock_as_long_as_it_takes(slurm: Slurm, dir
         (directory / "ft_finished.flag.stop").touch()
         fcntl.flock(lock, fcntl.LOCK_EX)
         slept = directory / "slept"
-        wait_until(lambda: slept.exists() and slept.read_text().count("\n") > 65, 60, "much waiting")
-        assert output(directory).count("waiting for it to end") == 1, output(directory)
+        wait_until(
+            lambda: slept.exists() and slept.read_text().count("\n") > 65, 60, "much waiting"
+        )
+        assert output(directory).count("waiting for another run") == 1, output(directory)
         assert len(slurm.queue("-t", "RUNNING")) == len(slurm.queue("-t", "PENDING")) == 1
         (job,) = slurm.queue("-t", "RUNNING")
         slurm.call("scancel", "--batch", "--signal=TERM", job)
         wait_until(lambda: f"{job}" not in slurm.queue(), 30, "the end of the job that waits")
-        assert "asked to end before the other run has ended" in output(directory)
     wait_for_starts(directory, 2)
     slurm.cancel_all()
 
 
-def test_the_next_job_gets_the_options_of_this_one(slurm: Slurm, directory: Path) -> None:
-    command = 'scontrol show job "$SLURM_JOB_ID" >"show.$SLURM_JOB_ID"; env | grep ^SLURM >"env.$SLURM_JOB_ID"'
-    script = write_job(directory, command=f"bash -c '{command}; exec ./train.sh 2 x'")
-    options = "--ntasks=2 --ntasks-per-node=2 --cpus-per-task=3 --mem=500 --gres=gpu:1 --constraint=fast --exclusive"
-    options += " --exclude=n2 --nice=5 --no-requeue --mail-type=END --mail-user=x@y --open-mode=append"
-    names = ["--comment=a comment", "--job-name=a name", "-o", "out-%j.txt", "-e", "err of %x-%j.txt"]
-    first = slurm.submit(directory, *options.split(), *names, str(script))
+def test_options_that_the_next_job_does_not_get_are_named_and_sbatch_gives_them(
+    slurm: Slurm, directory: Path
+) -> None:
+    script = write_job(directory, lines="-t 5")
+    slurm.submit(directory, "-t", "7", "--constraint=fast", str(script), "2")
     slurm.wait_empty()
-    assert len(starts(directory)) == 2, output(directory)
-    second = jobs_of(directory)[1]
+    (warning,) = re.findall(r"warning: job \d+ differs in.*", output(directory))
+    assert "time" in warning and "constraint" in warning and "partition" not in warning
 
-    def shown(job: str) -> set[str]:
-        text = (directory / f"show.{job}").read_text() + (directory / f"env.{job}").read_text()
-        words = text.replace(f"{job}.txt", "%j.txt").split()
-        return {
-            word for word in words if not re.search(r"(Time|Id|ID|PID|Priority|Eval|Sid|Command|DEPENDENCY)=", word)
-        }
 
-    assert shown(first) ^ shown(second) <= {"files/the", "job.sh", "files/ft_finished.flag.job"}
-    assert len(shown(first)) > 60 and "Features=fast" in shown(first)
-    assert (directory / f"err of a name-{second}.txt").exists()
+def test_with_its_options_in_sbatch_the_next_job_is_like_this_one(
+    slurm: Slurm, directory: Path
+) -> None:
+    script = write_job(directory, "--sbatch '-t 7 --constraint=fast'", lines="-t 5")
+    slurm.submit(directory, "-t", "7", "--constraint=fast", str(script), "2")
+    slurm.wait_empty()
+    assert len(set(jobs_of(directory))) == 2, output(directory)
+    assert "differs" not in output(directory)
+    info = slurm.call("scontrol", "show", "job", jobs_of(directory)[1], "--oneliner")
+    assert "TimeLimit=00:07:00" in info and "Features=fast" in info
 
 
 def test_the_next_job_runs_where_this_one_did(slurm: Slurm, directory: Path) -> None:
@@ -428,14 +505,21 @@ def test_the_next_job_runs_where_this_one_did(slurm: Slurm, directory: Path) -> 
     slurm.wait_empty()
     deepest = directory / "deep" / "deeper"
     assert len(starts(deepest)) == 3, output(directory / "deep")
-    assert len(list((directory / "deep").glob("out-*.txt"))) == 3 and not list(deepest.glob("out-*.txt"))
+    assert len(list((directory / "deep").glob("out-*.txt"))) == 3 and not list(
+        deepest.glob("out-*.txt")
+    )
 
 
-def test_arguments_that_the_job_script_uses_in_its_own_way_are_taken_for_words(slurm: Slurm, directory: Path) -> None:
-    slurm.submit(directory, str(write_job(directory, command='./train.sh "$1" "$2" and more')), "2", "go")
+def test_arguments_that_the_job_script_uses_in_its_own_way_are_taken_for_words(
+    slurm: Slurm, directory: Path
+) -> None:
+    slurm.submit(
+        directory, str(write_job(directory, command='./train.sh "$1" "$2" and more')), "2", "go"
+    )
     slurm.wait_empty()
-    assert [line.split(" ", 2)[2] for line in starts(directory)] == ["<2> <go> <and> <more>"] * 2, output(directory)
-    assert "the next job gets as arguments the words: 2 go" in output(directory)
+    assert [line.split(" ", 2)[2] for line in starts(directory)] == ["<2> <go> <and> <more>"] * 2, (
+        output(directory)
+    )
 
 
 def test_autoresume_itself_can_be_given_to_sbatch(slurm: Slurm, directory: Path) -> None:
@@ -443,16 +527,34 @@ def test_autoresume_itself_can_be_given_to_sbatch(slurm: Slurm, directory: Path)
     arguments = ["--flag", "my flag", "--", "./train.sh", "3", "go  on"]
     slurm.submit(directory, "-t", "5", "-o", "out-%j.txt", str(ROOT / "autoresume.sh"), *arguments)
     slurm.wait_empty()
-    assert len(set(jobs_of(directory, "my flag"))) == len(starts(directory, "my flag")) == 3, output(directory)
+    assert len(set(jobs_of(directory, "my flag"))) == len(starts(directory, "my flag")) == 3, (
+        output(directory)
+    )
     assert all(line.endswith(" <3> <go  on>") for line in starts(directory, "my flag"))
 
 
 @pytest.mark.parametrize("options", [["--slurm=loop"], []])
-def test_loop_mode_does_all_runs_in_one_job(slurm: Slurm, directory: Path, options: list[str]) -> None:
+def test_loop_mode_does_all_runs_in_one_job(
+    slurm: Slurm, directory: Path, options: list[str]
+) -> None:
     """As auto does where there is no sbatch, in a container say."""
     script = write_job(directory, *options)
     if not options:
-        names = ("bash", "env", "dirname", "grep", "sed", "flock", "rm", "mv", "tail", "cat", "cmp", "wc", "sleep")
+        names = (
+            "bash",
+            "env",
+            "dirname",
+            "grep",
+            "sed",
+            "flock",
+            "rm",
+            "mv",
+            "tail",
+            "cat",
+            "cmp",
+            "wc",
+            "sleep",
+        )
         (directory / "bin").mkdir()
         for name in names:
             (directory / "bin" / name).symlink_to(str(shutil.which(name)))
@@ -468,17 +570,21 @@ def test_loop_mode_does_all_runs_in_one_job(slurm: Slurm, directory: Path, optio
 def test_sbatch_that_fails_is_tried_again(slurm: Slurm, directory: Path) -> None:
     script = write_job(directory)
     once = "[ -e once ] || { touch once; echo 'sbatch: error: Socket timed out' >&2; exit 1; }"
-    write_program(directory / "bin" / "sbatch", f'#!/bin/bash\n{once}\nexec {shutil.which("sbatch")} "$@"\n')
+    write_program(
+        directory / "bin" / "sbatch", f'#!/bin/bash\n{once}\nexec {shutil.which("sbatch")} "$@"\n'
+    )
     slurm.submit(directory, str(script), "3", "wait")
     wait_for_starts(directory, 1)
-    assert "cannot queue a continuation" in output(directory) and len(slurm.queue()) == 1
+    assert "no continuation is queued" in output(directory)
     (directory / "ft_finished.flag.stop").touch()
     wait_for_starts(directory, 2)
     assert len(set(jobs_of(directory))) == 2, output(directory)
     slurm.cancel_all()
 
 
-def test_a_node_that_fails_in_the_middle_of_a_run_is_survived(slurm: Slurm, directory: Path) -> None:
+def test_a_node_that_fails_in_the_middle_of_a_run_is_survived(
+    slurm: Slurm, directory: Path
+) -> None:
     job = slurm.submit(directory, str(write_job(directory, lines="-t 5 --no-requeue")), "2", "wait")
     wait_for_starts(directory, 1)
     node = slurm.call("squeue", "-h", "-j", job, "-o", "%N")
@@ -494,10 +600,14 @@ def test_a_requeued_job_queues_no_second_continuation(slurm: Slurm, directory: P
     continuation = slurm.queue("-t", "PENDING")
     slurm.call("scontrol", "requeue", job)
     wait_for_starts(directory, 2)
-    assert slurm.queue("-t", "PENDING") == continuation and len(continuation) == 1, output(directory)
+    assert slurm.queue("-t", "PENDING") == continuation and len(continuation) == 1, output(
+        directory
+    )
     (directory / "ft_finished.flag.stop").touch()
     slurm.wait_empty()
-    assert [line.split()[:2] for line in starts(directory)[:2]] == [[job, "0"], [job, "1"]], output(directory)
+    assert [line.split()[:2] for line in starts(directory)[:2]] == [[job, "0"], [job, "1"]], output(
+        directory
+    )
     assert jobs_of(directory)[2:] == continuation, output(directory)
     assert "was cancelled" not in output(directory)
 
@@ -510,20 +620,37 @@ def test_requeue_mode_does_its_runs_in_one_job(slurm: Slurm, directory: Path) ->
     assert (directory / "ft_finished.flag").exists(), output(directory)
 
 
-def test_requeue_mode_where_requeueing_is_not_allowed_goes_on_in_the_job(slurm: Slurm, directory: Path) -> None:
-    slurm.submit(directory, "--no-requeue", str(write_job(directory, "--slurm=requeue")), "3", "go on")
+def test_requeue_mode_where_requeueing_is_not_allowed_goes_on_in_the_job(
+    slurm: Slurm, directory: Path
+) -> None:
+    slurm.submit(
+        directory, "--no-requeue", str(write_job(directory, "--slurm=requeue")), "3", "go on"
+    )
     slurm.wait_empty()
     assert len(starts(directory)) == 3, output(directory)
     assert "cannot requeue job" in output(directory)
 
 
 @pytest.mark.parametrize(("mode", "options"), [("chain", ["--export=NONE"]), ("requeue", [])])
-def test_the_failure_limit_holds_from_job_to_job(slurm: Slurm, directory: Path, mode: str, options: list[str]) -> None:
-    slurm.submit(directory, *options, str(write_job(directory, f"--slurm={mode}", "--max-failures=2")), "9", "nothing")
-    wait_until(lambda: "giving up" in output(directory) or len(starts(directory)) > 2, 60, "the limit")
+def test_the_failure_limit_holds_from_job_to_job(
+    slurm: Slurm, directory: Path, mode: str, options: list[str]
+) -> None:
+    slurm.submit(
+        directory,
+        *options,
+        str(write_job(directory, f"--slurm={mode}", "--max-failures=2")),
+        "9",
+        "nothing",
+    )
+    wait_until(
+        lambda: "giving up" in output(directory) or len(starts(directory)) > 2, 60, "the limit"
+    )
     slurm.wait_empty()
-    assert [line.split()[1] for line in starts(directory)] == ["0", "1" if mode == "requeue" else "0"]
-    assert "2 runs in a row reported no new checkpoint: giving up" in output(directory)
+    assert [line.split()[1] for line in starts(directory)] == [
+        "0",
+        "1" if mode == "requeue" else "0",
+    ]
+    assert "2 runs in a row without progress: giving up" in output(directory)
 
 
 def test_each_task_of_a_job_array_has_a_chain_of_its_own(slurm: Slurm, directory: Path) -> None:
@@ -532,20 +659,32 @@ def test_each_task_of_a_job_array_has_a_chain_of_its_own(slurm: Slurm, directory
     for task in (3, 4):
         flag = f"ft_finished_{task}.flag"
         assert (directory / flag).exists(), output(directory)
-        assert len(set(jobs_of(directory, flag))) == len(starts(directory, flag)) == 2, output(directory)
+        assert len(set(jobs_of(directory, flag))) == len(starts(directory, flag)) == 2, output(
+            directory
+        )
     assert not re.search("cannot|error", output(directory)), output(directory)
 
 
-def test_a_flag_in_a_missing_directory_is_one_line_and_leaves_no_job(slurm: Slurm, directory: Path) -> None:
+def test_a_flag_in_a_missing_directory_is_one_line_and_leaves_no_job(
+    slurm: Slurm, directory: Path
+) -> None:
     slurm.submit(directory, str(write_job(directory, "--flag missing/flag")), "1", "go on")
     slurm.wait_empty()
-    assert output(directory).count("\n") == 1 and "does not exist" in output(directory)
+    assert output(directory).count(
+        "\n"
+    ) == 1 and "expected a file in a writable directory" in output(directory)
 
 
-def test_a_flag_in_a_read_only_directory_is_one_line_and_leaves_no_job(slurm: Slurm, directory: Path) -> None:
-    slurm.submit(directory, str(write_job(directory, "--flag /proc/flag")), "1", "go on")  # not root's either
+def test_a_flag_in_a_read_only_directory_is_one_line_and_leaves_no_job(
+    slurm: Slurm, directory: Path
+) -> None:
+    slurm.submit(
+        directory, str(write_job(directory, "--flag /proc/flag")), "1", "go on"
+    )  # not root's either
     slurm.wait_empty()
-    assert output(directory).count("\n") == 1 and "not writable" in output(directory)
+    assert output(directory).count(
+        "\n"
+    ) == 1 and "expected a file in a writable directory" in output(directory)
 
 
 def test_a_chain_survives_the_loss_of_exit_codes(slurm: Slurm, directory: Path) -> None:
@@ -559,15 +698,27 @@ def test_a_chain_survives_the_loss_of_exit_codes(slurm: Slurm, directory: Path) 
 def test_the_readmes_job_script_for_one_node_runs_as_written(slurm: Slurm, directory: Path) -> None:
     """With a python that only notes how it is called."""
     _, _, text = (ROOT / "README.md").read_text().partition("<!-- one_node.sh -->\n```bash\n")
-    (directory / "job.sh").write_text(text.partition("```")[0].replace("-node=8\n", "-node=2\n").replace("=64", "=8"))
+    (directory / "job.sh").write_text(
+        text.partition("```")[0].replace("-node=8\n", "-node=2\n").replace("=64", "=8")
+    )
     shutil.copy(ROOT / "autoresume.sh", directory)
     python = directory / "bin" / "python"
     python.parent.mkdir()
-    python.write_text('#!/bin/bash\necho "called: $*"; echo "{}" >"$FAULT_TOL_FINISHED_FLAG_FILE"\n')
+    python.write_text(
+        '#!/bin/bash\necho "called: $*"; echo "{}" >"$FAULT_TOL_FINISHED_FLAG_FILE"\n'
+    )
     python.chmod(0o755)
-    slurm.submit(directory, f"--export=ALL,PATH={python.parent}:{os.environ['PATH']}", "-o", "out-%j.txt", "job.sh")
+    slurm.submit(
+        directory,
+        f"--export=ALL,PATH={python.parent}:{os.environ['PATH']}",
+        "-o",
+        "out-%j.txt",
+        "job.sh",
+    )
     slurm.wait_empty()
-    assert "called: ft_launcher.py --nproc-per-node=8 --max-restarts=3 train.py\n" in output(directory)
+    assert "called: ft_launcher.py --nproc-per-node=8 --max-restarts=3 train.py\n" in output(
+        directory
+    )
     assert "training is complete" in output(directory)
 
 
@@ -579,7 +730,7 @@ def test_a_lightning_training_of_three_jobs(slurm: Slurm, directory: Path) -> No
     text = text.partition("```")[0]
     assert "srun" in text and "autoresume.sh" in text
     for old, new in {
-        "--nodes=4": "--nodes=2", "--time=04:00:00": "--time=60", "--gpus-per-node=8": "--gpus-per-node=2", "=64": "=4",
+        "--nodes=4": "--nodes=2", "--time=04:00:00": "--time=60\n#SBATCH -o out-%j.txt", "--gpus-per-node=8": "--gpus-per-node=2", "=64": "=4",
         "--nproc-per-node=8": "--nproc-per-node=1", "./autoresume.sh": f"'{ROOT}/autoresume.sh'",
         "ft_launcher.py": f"'{ROOT}/ft_launcher.py' --ft-run-dir=runs",
         "train.py": f"'{ROOT}/examples/train.py' --epochs 3 --steps-per-epoch 40 --fault rank_killed --fault-delay 2",
@@ -587,21 +738,29 @@ def test_a_lightning_training_of_three_jobs(slurm: Slurm, directory: Path) -> No
         assert old in text, old
         text = text.replace(old, new)
     # Two slurmd on one host: the nodes' names do not resolve.
-    text = text.replace(" python ", ' "$PYTHON" ').replace("export ", "MASTER=localhost\nexport ", 1)
+    text = text.replace(" python ", ' "$PYTHON" ').replace(
+        "export ", "MASTER=localhost\nexport ", 1
+    )
     script.write_text(text)
-    job = slurm.submit(directory, "-o", "out-%j.txt", str(script))
+    job = slurm.submit(directory, str(script))
     progress = directory / "ft_finished.flag.progress"
     wait_until(progress.exists, 120, f"a checkpoint: {output(directory)}")
     slurm.call("scancel", "--batch", "--signal=USR1", job)
-    wait_until(lambda: "run 2 starts" in output(directory), 60, f"a second job: {output(directory)}")
+    wait_until(
+        lambda: "run 2 starts" in output(directory), 60, f"a second job: {output(directory)}"
+    )
     (directory / "ft_finished.flag.stop").touch()
-    wait_until(lambda: (directory / "ft_finished.flag").exists(), 150, f"the flag: {output(directory)}")
+    wait_until(
+        lambda: (directory / "ft_finished.flag").exists(), 150, f"the flag: {output(directory)}"
+    )
     slurm.wait_empty()
     text = output(directory)
     assert "ended by SIGKILL, which nobody here sent" in text
     assert text.count("stopped at step") >= 2
     runs = notes(directory)
-    assert [run["run"] for run in runs] == [1, 1, 2, 2, 3, 3] and len({run["job"] for run in runs}) == 3, text
-    stopped_at = [int(run["step"]) for run in runs if run["event"] == "end"]
+    assert [run["run"] for run in runs] == [1, 1, 2, 2, 3, 3] and len(
+        {run["job"] for run in runs}
+    ) == 3, text
+    stopped_at = [int(run["step"]) for run in runs if run["result"] != "running"]
     assert 40 <= stopped_at[0] < stopped_at[1] < stopped_at[2] == 120
     assert json.loads((directory / "ft_finished.flag").read_text())["step"] == 120

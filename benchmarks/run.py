@@ -1,0 +1,279 @@
+"""Measures what fault tolerance costs and saves, beside torchrun in the same run.
+
+    python benchmarks/run.py [--repeat 5] [--nvrx PYTHON]
+
+Prints a table in Markdown: medians, with the lowest and highest value behind them. `--nvrx` names a
+Python that has nvidia_resiliency_ext, whose launcher then takes part. Launchers take turns, so that
+what else the machine does hits all of them. torchrun gets TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 as
+well, without which its restart often does not come back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import platform
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import ft_monitor  # noqa: E402  from the directory above
+
+LIMIT = 120.0  # seconds that a job may take for each of its parts
+RANKS = 8  # of which a monitor's memory is measured
+Samples = dict[str, list[float]]  # by what was measured
+
+
+# ------------------------------------------------------------------------------- what ranks run
+
+
+def beat(directory: Path) -> None:
+    """Heartbeats, in microseconds each, back to back and one every 5 ms."""
+    client = ft_monitor.RankMonitorClient()
+    client.init_workload_monitoring()
+    start = time.perf_counter()
+    for step in range(10_000):
+        client.send_heartbeat(step)
+    back_to_back = (time.perf_counter() - start) / 10_000
+    paced = []
+    for step in range(200):
+        time.sleep(0.005)
+        start = time.perf_counter()
+        client.send_heartbeat(step)
+        paced.append(time.perf_counter() - start)
+    print(json.dumps([back_to_back * 1e6, statistics.median(paced) * 1e6]), flush=True)
+
+
+def train(directory: Path) -> None:
+    """Microseconds that our callback adds to an empty callback's, in a step that does nothing."""
+    import torch
+    from lightning.pytorch import Callback, LightningModule, Trainer
+
+    from ft_callback import FaultToleranceCallback
+
+    class Model(LightningModule):
+        automatic_optimization = False
+
+        def training_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+            pass
+
+        def configure_optimizers(self) -> None:
+            pass
+
+    class Empty(Callback):
+        def on_train_batch_start(self, *args: object) -> None:
+            pass
+
+        def on_train_batch_end(self, *args: object) -> None:
+            pass
+
+    def seconds(callback: Callback, steps: int = 3000) -> float:
+        trainer = Trainer(
+            max_epochs=1, limit_train_batches=steps, logger=False, callbacks=[callback],
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+            accelerator="cpu", devices=1,
+        )  # fmt: skip
+        start = time.perf_counter()
+        trainer.fit(Model(), [torch.zeros(1)] * steps)
+        return (time.perf_counter() - start) / steps
+
+    pairs = []
+    for _ in range(5):
+        ours = seconds(FaultToleranceCallback(autoresume=False, calculate_timeouts=True))
+        pairs.append(ours - seconds(Empty()))
+    print(json.dumps([statistics.median(pairs) * 1e6]), flush=True)
+
+
+def hang(directory: Path) -> None:
+    """Stop after a heartbeat; whoever started this knows when."""
+    client = ft_monitor.RankMonitorClient()
+    client.init_workload_monitoring()
+    client.send_heartbeat(1)
+    print(json.dumps([time.monotonic()]), flush=True)
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def all_reduce(directory: Path) -> None:
+    """In the first attempt, rank 1 kills itself while rank 0 is stuck in C code with a handler for
+    SIGTERM, as every Lightning rank has: it does not run before the C code returns."""
+    import torch
+    import torch.distributed as dist
+
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    failure = directory / "failure"
+    is_first = not failure.exists()
+    dist.init_process_group("gloo")
+    dist.all_reduce(torch.ones(1))
+    if dist.get_rank() == 0:
+        (directory / ("first" if is_first else "again")).write_text(str(time.time()))
+    dist.barrier()
+    if is_first and dist.get_rank() == 1:
+        failure.write_text(str(time.time()))
+        os.kill(os.getpid(), signal.SIGKILL)
+    if is_first and (directory / "stuck").exists():
+        mutex = ctypes.create_string_buffer(256)
+        for _ in range(2):
+            ctypes.PyDLL(None).pthread_mutex_lock(mutex)
+    elif is_first:
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+RANK_PROGRAMS: dict[str, Callable[[Path], None]] = {
+    "beat": beat, "train": train, "hang": hang, "all_reduce": all_reduce,
+}  # fmt: skip
+
+
+# --------------------------------------------------------------------------------- measurements
+
+
+def program(name: str, directory: str) -> list[str]:
+    return [sys.executable, "-u", __file__, "--rank", name, "--directory", directory]
+
+
+def monitored(name: str, directory: str, **settings: float) -> list[float]:
+    """What a rank under a monitor prints, as numbers."""
+    environment = {**os.environ, "FT_CONFIG": json.dumps(settings), "FT_RUN_DIR": directory}
+    command = [*ft_monitor.monitor_command(), "--", *program(name, directory)]
+    result = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=LIMIT
+    )
+    return [float(x) for x in json.loads(result.stdout.splitlines()[-1])]
+
+
+def measure_rank(samples: Samples) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        back_to_back, paced = monitored("beat", directory, rank_heartbeat_timeout=60)
+        samples["heartbeat, back to back, µs"].append(back_to_back)
+        samples["heartbeat, every 5 ms, µs"].append(paced)
+        samples["callback, a step, µs"] += monitored("train", directory)
+        [heartbeat] = monitored("hang", directory, rank_heartbeat_timeout=1)
+        report = ft_monitor.Report.read(f"{directory}/attempt_0/rank0.json")
+        ended = time.monotonic() - (time.time() - (report.ended or 0.0))
+        samples["hung rank dead after its limit, ms"].append((ended - heartbeat - 1) * 1e3)
+
+
+def proportional_memory(pid: int) -> float:
+    """MiB of a process; pages that are shared are divided among the sharers."""
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    found = re.search(r"^Pss: +(\d+) kB", text, re.MULTILINE)
+    return int(found[1]) / 1024 if found else 0.0
+
+
+def measure_memory(samples: Samples) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        command = [*ft_monitor.monitor_command(), "--", "sleep", "60"]
+        variables = [{"RANK": str(rank), "FT_RUN_DIR": directory} for rank in range(RANKS)]
+        monitors = [subprocess.Popen(command, env={**os.environ, **v}) for v in variables]
+        try:
+            reports = [Path(directory, "attempt_0", f"rank{rank}.json") for rank in range(RANKS)]
+            wait_for(lambda: all(report.exists() for report in reports))
+            mebibytes = [proportional_memory(monitor.pid) for monitor in monitors]
+            samples[f"a monitor's memory, {RANKS} ranks, MiB"].append(statistics.mean(mebibytes))
+        finally:
+            for monitor in monitors:
+                monitor.terminate()
+                monitor.wait()
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + LIMIT
+    while not condition():
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"not within {LIMIT:g} s")
+        time.sleep(0.01)
+
+
+def measure_restart(launcher: list[str], is_stuck: bool, samples: Samples) -> None:
+    """One job whose rank 1 dies once, to its end. Raises RuntimeError if it does not come back."""
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        if is_stuck:
+            (directory / "stuck").touch()
+        variables = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        options = ["--nproc-per-node=2", "--max-restarts=1"]
+        command = [*launcher, *options, *program("all_reduce", name)[2:]]
+        start = time.time()
+        with open(directory / "log", "wb") as log:
+            job = subprocess.run(
+                command, env={**os.environ, **variables}, stdout=log, stderr=log, timeout=LIMIT
+            )
+        if job.returncode:
+            log_text = (directory / "log").read_text(errors="replace")
+            raise RuntimeError(f"{command} ended with {job.returncode}: {log_text}")
+        times = [float((directory / x).read_text()) for x in ("first", "failure", "again")]
+        samples["start to first step, s"].append(times[0] - start)
+        case = "with a survivor stuck in C" if is_stuck else "plain"
+        samples[f"death to first step, {case}, s"].append(times[2] - times[1])
+
+
+# --------------------------------------------------------------------------------------- output
+
+
+def shown(values: list[float]) -> str:
+    if not values:
+        return "-"
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def table(results: dict[str, Samples]) -> str:
+    """Markdown: a row for what was measured, a column for each launcher, and the ratio of two."""
+    names = list(results)
+    rows = [f"| | {' | '.join(names)} | ratio |", f"|---{'|---' * len(names)}|---|"]
+    for what in dict.fromkeys(what for samples in results.values() for what in samples):
+        values = [results[name].get(what, []) for name in names]
+        pair = [results[name].get(what, []) for name in ("ft_launcher", "torchrun")]
+        medians = [statistics.median(x) for x in pair if x]
+        ratio = f"{medians[0] / medians[1]:.2f}" if len(medians) == 2 else "-"
+        rows.append(f"| {what} | {' | '.join(map(shown, values))} | {ratio} |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure ft_launcher beside torchrun.")
+    parser.add_argument("--repeat", type=int, default=5, metavar="N", help="of each (default: 5)")
+    parser.add_argument("--nvrx", metavar="PYTHON", help="that has nvidia_resiliency_ext")
+    parser.add_argument("--rank", choices=RANK_PROGRAMS, help=argparse.SUPPRESS)
+    parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.rank:
+        RANK_PROGRAMS[args.rank](args.directory)
+        return
+    launchers = {
+        "torchrun": [sys.executable, "-m", "torch.distributed.run"],
+        "ft_launcher": [sys.executable, str(ROOT / "ft_launcher.py")],
+    }
+    if args.nvrx:
+        module = "nvidia_resiliency_ext.fault_tolerance.launcher"
+        launchers["nvrx"] = [args.nvrx, "-m", module, "--rdzv-backend=c10d"]
+    import collections
+
+    results: dict[str, Samples] = {name: collections.defaultdict(list) for name in launchers}
+    for _ in range(args.repeat):
+        measure_rank(results["ft_launcher"])
+        measure_memory(results["ft_launcher"])
+        for is_stuck in (False, True):
+            for name, launcher in launchers.items():
+                measure_restart(launcher, is_stuck, results[name])
+    import torch
+
+    machine = f"{os.cpu_count()} cores, {platform.machine()}"
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    print(
+        f"Medians of {args.repeat} (lowest to highest); {machine}, {versions}\n\n{table(results)}"
+    )
+
+
+if __name__ == "__main__":
+    main()
