@@ -27,7 +27,7 @@ its `type` and `time`: the monitor need not wake for each, and a late look measu
     init       calculate, state_file  connected; are limits learned, and where are they kept?
     heartbeat  step                   alive, with so many batches done, or null
     section    name, open             entered (true) or left (false) a named section
-    learned    longest                seconds by clock that earlier runs have seen
+    learned    longest                earlier runs' seconds by clock: learn from these
     calculate  clock                  learn the limit of this clock
     saved      step, checkpoint       it is safely on disk; noted in progress.json in FT_RUN_DIR
                                       and, under autoresume.sh, in FLAG.progress
@@ -117,7 +117,7 @@ AFTER_TRAINING = "after_training"  # what a script does then: never the same, so
 STACKS_HEADER = "==="  # begins the line before each dump of stacks, with its time since the epoch
 
 
-# What reading JSON that somebody else wrote can raise, and taking it for an object of ours.
+# What JSON can raise that somebody else has written.
 BROKEN = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
@@ -258,7 +258,7 @@ class FaultToleranceConfig:
     min_timeout: float = setting(
         parse_number,
         60.0,
-        "no learned limit is shorter, but for a shorter configured one",
+        "no learned limit is shorter, unless the configured one is",
     )
     workers_stop_timeout: float = setting(
         parse_number, 30.0, "seconds that survivors of a failed rank have to finish a checkpoint"
@@ -514,7 +514,7 @@ class Clocks:
         kind = message["type"]
         if kind == "init":
             if STARTUP not in self.running and message["state_file"] != self.state_file:
-                self.earlier, self.longest = {}, {}
+                self.earlier, self.longest, self.asked = {}, {}, set()
                 self.laps.clear()
             self._stop_all(at)
             self.state_file = message["state_file"]
@@ -525,6 +525,7 @@ class Clocks:
         elif kind == "section":
             self._hear_section(message["name"], message["open"], at)
         elif kind == "learned":
+            self.asked.update(message["longest"])
             for clock, seconds in message["longest"].items():
                 self.earlier[clock] = max(seconds, self.earlier.get(clock, 0.0))
         elif kind == "calculate":
@@ -818,7 +819,9 @@ class RankMonitorClient:
             self._announce_the_end()
         self.is_initialized = True
         self._send("init", calculate=calculate_timeouts, state_file=path)
-        state = within(FILE_SECONDS, lambda: State.read(path)) if path else State()
+        state: Any = State()
+        if path and calculate_timeouts:
+            state = within(FILE_SECONDS, lambda: State.read(path))
         if isinstance(state, State):
             self._earlier = {**state.longest, **self._given}
         else:
@@ -931,7 +934,7 @@ class RankMonitorClient:
         return {"longest": State(self._earlier).after([self._report()], "this run").longest}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what an earlier run has learned, before or after init_workload_monitoring().
+        """Learn limits from what an earlier run has seen, before or after connecting.
 
         Raises ConfigError (a ValueError) for a state that is not one.
         """
@@ -1260,7 +1263,7 @@ def write_file(path: str | os.PathLike[str], text: str, durable: bool = False) -
 
 
 class Writer:
-    """Writes files in a thread: what decides about a rank never waits for a file system.
+    """Writes each file in a thread: nobody waits for a file system, and no file for another's.
 
     Of several texts for one file, the last counts. What cannot be written costs a line. A
     directory that a cleaner has removed from /tmp is made again.
@@ -1268,29 +1271,28 @@ class Writer:
 
     def __init__(self, log: Log) -> None:
         self._log = log
-        self._texts: dict[str, str] = {}  # by path
+        self._texts: dict[str, str] = {}  # to be written, by path
         self._changed = threading.Condition()
-        self._failed: set[str] = set()  # the last time
-
-    def start(self) -> None:
-        threading.Thread(target=self._run, daemon=True).start()
+        self._has_failed: dict[str, bool] = {}  # by path, the last time
 
     def put(self, path: str, text: str) -> None:
         with self._changed:
-            self._texts.pop(path, None)
             self._texts[path] = text
             self._changed.notify_all()
+        if path not in self._has_failed:
+            self._has_failed[path] = False
+            threading.Thread(target=self._run, args=(path,), daemon=True).start()
 
     def finish(self, seconds: float) -> bool:
         """Wait until all is written, but not longer; return whether it is."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._texts, seconds)
 
-    def _run(self) -> None:
+    def _run(self, path: str) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._texts)
-                path, text = next(iter(self._texts.items()))
+                self._changed.wait_for(lambda: path in self._texts)
+                text = self._texts[path]
             self._write(path, text)
             with self._changed:
                 if self._texts[path] is text:
@@ -1301,11 +1303,11 @@ class Writer:
         try:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             write_file(path, text)
-            self._failed.discard(path)
+            self._has_failed[path] = False
         except OSError as error:
-            if path not in self._failed:
+            if not self._has_failed[path]:
                 self._log.warning("cannot write %r: %s", path, error.strerror)
-            self._failed.add(path)
+            self._has_failed[path] = True
 
 
 class Log:
@@ -1468,8 +1470,9 @@ class RankMonitor:
 
     def end_survivor(self, end: End, reason: str, now: float) -> None:
         """It can only wait for who is gone, unless it is saving a checkpoint."""
-        number, kill_at = signal.SIGKILL, now + self.config.workers_stop_timeout
-        self.begin(Ending(end, reason, number, kill_at, wants_stacks=True, may_save=True), now)
+        kill_at = now + self.config.workers_stop_timeout
+        ending = Ending(end, reason, signal.SIGKILL, kill_at, wants_stacks=True, may_save=True)
+        self.begin(ending, now)
 
     def begin(self, ending: Ending, now: float) -> None:
         """Begin to end the rank, once: what comes on top of it does not cut its grace short."""
@@ -1593,7 +1596,6 @@ class Loop:
         monitor = self.monitor
         process_control(PR_SET_CHILD_SUBREAPER, 1)  # whatever leaves the rank's session stays ours
         monitor.start()
-        monitor.writer.start()
         process_control(PR_SET_PDEATHSIG, PARENT_DIED)
         if os.getppid() != monitor.report.launcher_pid:  # it died before, and no signal will come
             os.kill(os.getpid(), PARENT_DIED)

@@ -138,9 +138,12 @@ def tell(name, text=""):
     pathlib.Path("." + name).write_text(str(text))
     os.rename("." + name, name)
 
-def told(name):
-    while not os.path.exists(name):
+def wait_until(condition):
+    while not condition():
         time.sleep(0.01)
+
+def told(name):
+    wait_until(lambda: os.path.exists(name))
 
 def on(number, action):
     signal.signal(number, lambda *_: action())
@@ -152,7 +155,7 @@ def beat(step=None, times=1, seconds=0.0):
 
 def hang():
     while True:
-        signal.pause()
+        time.sleep(0.05)  # pause() may miss a signal that Python has not handled yet
 
 def stop():
     os.kill(os.getpid(), signal.SIGSTOP)

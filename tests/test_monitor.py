@@ -207,10 +207,7 @@ def test_what_is_no_message_is_skipped_and_counted_and_the_next_is_understood(no
     inbox = Inbox()
     longest = GOOD[:-1].ljust(MAX_MESSAGE_BYTES - 1) + b"\n"
     messages = inbox.feed(noise + b"\n" + GOOD + longest)
-    assert (
-        without_time(messages) == [{"type": "saved", "step": 8, "checkpoint": None}] * 2
-        and inbox.skipped == 1
-    )
+    assert [message["step"] for message in messages] == [8, 8] and inbox.skipped == 1
 
 
 def test_a_line_that_never_ends_takes_no_memory_and_is_counted_once() -> None:
@@ -378,7 +375,7 @@ def test_while_the_pipe_is_full_heartbeats_are_dropped_and_all_else_is_kept_in_o
     assert [message["step"] for message in messages if message["type"] == "saved"] == [*range(2000)]
 
 
-def test_a_client_whose_descriptor_was_closed_loses_nothing_but_a_heartbeat(
+def test_a_client_whose_pipe_was_closed_loses_one_heartbeat(
     client: RankMonitorClient, inbox: Inbox
 ) -> None:
     os.close(client._pipe)
@@ -418,7 +415,8 @@ def test_a_rank_that_hangs_is_killed_when_its_time_is_over_and_not_before(
     report = watched.report
     assert (report.end, report.hung_on, report.status) == (End.HUNG, clock, -signal.SIGKILL)
     assert report.step == (8 if clock == HEARTBEAT else None)
-    assert 1 <= report.waited < 1 + LATE and 0.9 <= watched.seconds_since("silent") < 1.5 + LATE
+    assert 1 <= report.waited < 1 + LATE and watched.seconds_since("silent") < 1.5 + LATE
+    assert clock == "startup_timeout" or watched.seconds_since("silent") >= 1
     assert f"{report.reason}; sent SIGKILL" in watched.log[-1]
     assert report.state == ("T" if "stop" in hang else "R" if "pass" in hang else "S")
     assert report.stacks is (None if clock == "startup_timeout" else True)
@@ -537,9 +535,7 @@ ENDS = {
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_nothing_of_a_rank_outlives_it_in_whatever_session_and_however_it_ends(
-    watch: Watch, end: End
-) -> None:
+def test_nothing_of_a_rank_outlives_it_in_whatever_session(watch: Watch, end: End) -> None:
     body = f"helper('same'); helper('own', daemon=True); {ENDS[end]}"
     grace = {"FT_SHUTDOWN_TIMEOUT": "0.5"}
     watched = watch(body, wrapper=AS_PARENT, environment=grace, rank_heartbeat_timeout=0.3)
@@ -599,7 +595,7 @@ SCRIPT_ENDS = {  # after training is complete: the status, whether the script is
 
 
 @pytest.mark.parametrize("end", SCRIPT_ENDS)
-def test_the_flag_is_created_if_the_script_ends_well_after_complete_training(
+def test_the_flag_is_created_if_the_script_ends_well(
     watch: Watch, tmp_path: Path, end: str
 ) -> None:
     flag = tmp_path / "flag.json"
@@ -645,9 +641,7 @@ told("end")
 
 
 @pytest.mark.parametrize("number", ft_monitor.STOP_SIGNALS)
-def test_a_stop_signal_goes_to_the_rank_alone_which_may_end_by_itself(
-    watch: Watch, number: signal.Signals
-) -> None:
+def test_a_stop_signal_goes_to_the_rank_alone(watch: Watch, number: signal.Signals) -> None:
     seconds = 2.2 if number == signal.SIGTERM else 0  # no clock runs in the grace
     body = f"""
 on({int(number)}, lambda: (time.sleep({seconds}), saved(8), os._exit(5)))
@@ -664,9 +658,7 @@ helper(); connect(); beat(); tell("ready"); stop(); hang()
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT, signal.SIGABRT])
 @pytest.mark.parametrize("at_once", [False, True])
-def test_what_comes_on_top_of_a_stop_is_not_passed_on_and_does_not_cut_its_grace_short(
-    watch: Watch, second: int, at_once: bool
-) -> None:
+def test_nothing_cuts_the_grace_of_a_stop_short(watch: Watch, second: int, at_once: bool) -> None:
     body = """
 stops = []
 for number in (*ft_monitor.STOP_SIGNALS, 6): on(number, lambda: (stops.append(1), tell("stop")))
@@ -722,7 +714,7 @@ saved(8); leave("checkpointing"); hang()
     assert time.monotonic() - before < 0.4 + LATE and watched.report.saved == saved
 
 
-def test_signals_to_all_processes_at_once_leave_the_monitor_until_the_rank_ends(
+def test_a_signal_to_all_processes_leaves_the_monitor_until_the_end(
     watch: Watch,
 ) -> None:
     body = """
@@ -740,17 +732,14 @@ helper(); connect(); tell("ready"); hang()
 # ---------------------------------------------------------- monitors that are killed or frozen
 
 FROM_A_THREAD = """
-import os, signal, subprocess, sys, threading, time
+import os, subprocess, sys, threading, time
 def start():
-    global monitor
-    monitor = subprocess.Popen(sys.argv[1:])
-    while not os.path.exists("ready"):
-        time.sleep(0.01)
-thread = threading.Thread(target=start)
-thread.start()
-thread.join()
-os.kill(monitor.pid, signal.SIGUSR1)
-sys.exit(monitor.wait())
+    started.append(subprocess.Popen(sys.argv[1:]))
+    while not os.path.exists("ready"): time.sleep(0.01)
+started, thread = [], threading.Thread(target=start)
+thread.start(); thread.join()
+started[0].send_signal(10)
+sys.exit(started[0].wait())
 """
 
 
@@ -762,7 +751,7 @@ def test_the_end_of_the_thread_that_started_the_monitor_ends_nothing(watch: Watc
     assert watched.ends() == 5
 
 
-def test_if_the_launcher_was_gone_before_it_could_be_watched_the_rank_is_killed(
+def test_a_launcher_that_was_gone_before_it_is_watched_is_missed(
     watch: Watch,
 ) -> None:
     gone = os.getppid()  # is not the parent of what we start
@@ -778,7 +767,7 @@ def test_when_the_monitor_is_killed_the_rank_is_too(watch: Watch) -> None:
     wait_until(lambda: not is_running(rank), 10, "the end of the rank")
 
 
-def test_a_frozen_monitor_neither_blocks_its_rank_nor_misses_what_is_not_a_heartbeat(
+def test_a_frozen_monitor_blocks_no_rank_and_loses_only_heartbeats(
     watch: Watch,
 ) -> None:
     body = """
@@ -808,7 +797,7 @@ UNTOLD = (*PYTHON, "-c", NO_SIGCONT)
 
 
 @pytest.mark.parametrize("is_told", [True, False])
-def test_a_monitor_that_was_suspended_with_its_rank_does_not_take_it_for_hung(
+def test_a_rank_that_was_suspended_with_its_monitor_was_not_hung(
     watch: Watch, is_told: bool
 ) -> None:
     """It knows from SIGCONT, or, as a virtual machine gets none, from how late it is."""
@@ -858,7 +847,7 @@ def test_a_reader_of_the_log_that_has_stopped_saves_no_hung_rank(watch: Watch) -
     assert 2 <= watched.report.waited < 2.5 + LATE
 
 
-def test_the_first_process_of_a_container_ends_with_a_code_where_no_signal_can_end_it(
+def test_the_first_process_of_a_container_ends_with_a_code(
     watch: Watch,
 ) -> None:
     wrapper = ("unshare", "--pid", "--fork", "--mount-proc")
@@ -885,7 +874,7 @@ beat(2); hang()
 
 
 @pytest.mark.parametrize("most", [256, 4096])
-def test_after_a_script_has_closed_all_descriptors_it_is_heard_and_nothing_lands_in_its_files(
+def test_nothing_lands_in_the_files_of_a_script_that_closes_all_others(
     watch: Watch, most: int
 ) -> None:
     body = f"""
@@ -941,9 +930,7 @@ saved(8); client.report_error(ValueError("x")); sys.exit(3)
     assert [path.name for path in watched.report_path.parent.iterdir()] == ["rank5.json"]
 
 
-def test_srun_numbers_ranks_too_and_without_a_place_each_monitor_has_its_own(
-    watch: Watch, tmp_path: Path
-) -> None:
+def test_srun_numbers_ranks_and_each_monitor_has_a_place(watch: Watch, tmp_path: Path) -> None:
     variables = {"SLURM_PROCID": "3", "FT_RUN_DIR": "", "TMPDIR": str(tmp_path)}
     watched = watch("tell('place', os.environ['FT_RUN_DIR'])", environment=variables)
     assert watched.ends() == 0
@@ -952,9 +939,7 @@ def test_srun_numbers_ranks_too_and_without_a_place_each_monitor_has_its_own(
     assert Report.read(place / "attempt_0" / "rank3.json").rank == 3
 
 
-def test_a_run_directory_that_is_removed_or_comes_late_is_made(
-    watch: Watch, tmp_path: Path
-) -> None:
+def test_a_run_directory_that_is_removed_is_made_again(watch: Watch, tmp_path: Path) -> None:
     (tmp_path / "run").touch()
     saves = "connect(); saved(1); told('go'); saved(2); told('end')"
     watched = watch(saves)
@@ -968,18 +953,26 @@ def test_a_run_directory_that_is_removed_or_comes_late_is_made(
     assert watched.report.saved == 2 and len(watched.log) == 1
 
 
-def test_evidence_that_cannot_be_written_delays_no_kill(watch: Watch) -> None:
-    """A FIFO without a reader in the place of the file beside is a file system that hangs."""
-    body = "tell('ready'); told('go'); connect(); beat(8); tell('beaten', time.monotonic()); hang()"
-    watched = watch(body, {"FILE_SECONDS": 1.0}, rank_heartbeat_timeout=1)
+@pytest.mark.parametrize("place", ["evidence", "flag"])
+def test_a_file_system_that_hangs_delays_no_kill_and_no_file(watch: Watch, place: str) -> None:
+    """Its place takes a FIFO without a reader instead of the file beside."""
+    body = (
+        "tell('ready'); told('go'); connect(); beat(8); saved(8); tell('at', time.time()); hang()"
+    )
+    environment = {ft_monitor.FLAG_VARIABLE: "flag"}
+    hurry = {"FILE_SECONDS": 1.0}
+    watched = watch(body, hurry, environment=environment, rank_heartbeat_timeout=1)
     watched.told("ready")
     rank, monitor = watched.rank, watched.monitor
-    os.mkfifo(watched.report_path.with_name(f".rank0.json.{os.uname().nodename}.{monitor}.tmp"))
+    name = "rank0.json" if place == "evidence" else "flag.progress"
+    directory = watched.report_path.parent if place == "evidence" else watched.directory
+    os.mkfifo(directory / f".{name}.{os.uname().nodename}.{monitor}.tmp")
     watched.tell("go")
-    beaten = float(watched.told("beaten"))
     wait_until(lambda: not is_running(rank), 20)
-    assert 1 <= time.monotonic() - beaten < 1.5 + LATE
+    assert 1 <= time.time() - float(watched.told("at")) < 1.5 + LATE
     assert watched.ends() == -signal.SIGKILL and "hung: no heartbeat" in watched.log[-1]
+    assert watched.report.hung_on == (None if place == "evidence" else HEARTBEAT)
+    assert IN_THE_RANK in watched.stacks and (watched.directory / "run" / "progress.json").exists()
 
 
 # --------------------------------------------------------------------- errors, log and usage
@@ -1000,9 +993,7 @@ IN_WORKER = (
         (OSError(IN_WORKER), f"OSError: {IN_WORKER.splitlines()[0]} ... {STALE}"),
     ],
 )
-def test_an_error_is_told_by_its_first_and_last_line_and_its_place(
-    error: BaseException, text: str
-) -> None:
+def test_an_error_is_told_in_one_line_with_its_place(error: BaseException, text: str) -> None:
     try:
         raise error
     except BaseException as caught:
