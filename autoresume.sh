@@ -244,7 +244,7 @@ warn_of_differences() {
 }
 
 cancel_continuation() {
-  [[ $mode != chain ]] || find_continuation
+  [[ $mode != chain || -n $continuation ]] || find_continuation
   [[ -z $continuation ]] || scancel "$continuation"
   continuation='' mode=loop
 }
@@ -257,7 +257,7 @@ deliver() { # SIGNAL
 
 pass_on() { # SIGNAL
   say "got SIG$1: passing it on"
-  signals+=" $1"
+  noted+=" $1"
   [[ -z $child ]] || deliver "$1" # otherwise as soon as there is one
 }
 
@@ -277,22 +277,19 @@ stop() { # SIGNAL EXIT_CODE
 
 # Run the command to its end; its exit code goes to `status`.
 run_command() {
-  local pid signal early heard
+  local pid signal early
   set -m # gives it a process group of its own
   (trap '' USR1 USR2 && exec "${command[@]}" 2>&3 3>&-) & # without a handler, they end nothing
   pid=$!
   set +m
   # Until exec, it is a copy of this shell and would swallow a signal; without a #! line, for ever.
   while ((SECONDS < 2)) && cmp -s "/proc/$$/cmdline" "/proc/$pid/cmdline"; do :; done
-  early=$signals child=$pid # in one command: no trap runs in between
+  early=$noted child=$pid # in one command: no trap runs in between
   for signal in $early; do deliver "$signal"; done
-  while true; do
-    heard=$signals
-    wait "$pid"
-    status=$(($? & 255)) # bash 5.2 may say -1
-    # A signal interrupts it; one that came just before does so, too.
-    [[ $heard != "$signals" ]] || kill -0 "$pid" 2>/dev/null || break
-  done
+  # Not "wait" alone: when two signals interrupt it at the same time, bash 5.2 may lose one.
+  while kill -0 "$pid"; do sleep 0.2; done
+  wait "$pid"
+  status=$?
   child=''
 }
 
@@ -326,7 +323,7 @@ end_if_over() {
   local reason
   if [[ -e $flag ]]; then
     read_member reason "$flag" reason
-    end 0 complete "training is complete: $flag ($reason); to train on, remove it"
+    end 0 complete "training is complete: $flag${reason:+ ($reason)}; to train on, remove it"
   elif [[ $status == 93 || -e $flag.gave_up ]]; then
     read_member reason "$flag.gave_up" reason
     end 93 "gave up" "gave up: ${reason:-the command exited with 93}"
@@ -355,7 +352,7 @@ main() {
   our_arguments=("$@")
   parse_arguments "$@"
   check_arguments
-  child='' signals='' stopped_by='' stop_code=0 handing_over='' status='' run=0 failures=0
+  child='' noted='' stopped_by='' stop_code=0 handing_over='' status='' run=0 failures=0
   continues='' continuation='' queued='' step=''
   know_job
   recall
@@ -371,7 +368,7 @@ main() {
   [[ ! -t 0 ]] || exec </dev/null # in the background, a read from the terminal would hang COMMAND
   while true; do
     rm -f -- "$flag.stop" # meant for an earlier run
-    signals=''
+    noted=''
     end_if_over
     keep_continuation
     [[ $status != 0 && -z $handing_over ]] || hand_over

@@ -17,13 +17,8 @@ Files in FT_RUN_DIR, a directory of this launcher's own (variables: see ft_monit
     attempt_<n>/      the monitors' reports and stacks of ranks
     latest            link to the newest attempt
     incidents.jsonl   one line for each attempt that has ended
-    health_check/     the monitor's report of --ft-node-health-check
+    health_check/     the report of --ft-node-health-check
     logs/             torchrun's --log-dir, unless it is given
-
-What nodes tell each other, in the store of each round of the rendezvous
-    ft_over     the job is over, and why; empty where restarts are used up
-    ft_failed   ranks have failed, and not just nodes joined: this attempt counts
-    ft_left     a node has left, the others start again without it
 
 Exit codes
     0      the workers ended well, or training was complete, or other nodes go on without this one
@@ -105,7 +100,10 @@ RENDEZVOUS_TRIES = 3  # for a node that is lost as the nodes meet
 LISTEN_SECONDS = 1.0  # between looks for what other nodes tell
 HEAR_SECONDS = 3.0  # how long the node that ends a job stays, as it may have the store
 STOP_MARGIN_SECONDS = 20  # that a monitor may take after its rank's grace: SIGKILL, reaping
-OVER, FAILED, LEFT = "ft_over", "ft_failed", "ft_left"  # keys in the store
+# What nodes tell each other, as keys in the store of each round of the rendezvous.
+OVER = "ft_over"  # the job is, and why; empty where restarts are used up
+FAILED = "ft_failed"  # ranks have, and nodes not just joined: this attempt counts
+LEFT = "ft_left"  # a node has, the others start again without it
 RENAMED = {  # NVIDIA's flags
     "--fault-tol-cfg-path": "--ft-cfg-path",
     "--term-timeout": "--shutdown-timeout",
@@ -122,39 +120,36 @@ class RestartPolicy:
 
     max_no_progress: int  # attempts in a row; 0 is no limit
     no_progress: int = 0  # attempts in a row, so far
-    saved: int | None = None  # step of the newest checkpoint
-    step: int | None = None  # the highest that any attempt reached
-    error: str | None = None  # that ended the last attempt, with its place
+    saved: int = -1  # step of the newest checkpoint
+    step: int = -1  # the highest that any attempt reached
+    error: str | None = None  # that ended the last attempt, see bug_of()
 
     def why_not(self, incident: Incident, knows_saves: bool = True) -> str | None:
         """Why not to restart after this attempt; None to restart.
 
         `knows_saves`: whether this node hears of checkpoints, as only that of global rank 0 does.
         """
-        has_saved = is_newer(incident.saved_step, self.saved)
-        has_new_step = is_newer(incident.last_step, self.step)
-        # A loop that never reports a checkpoint shows by getting further that it resumes.
-        resumes = has_new_step and self.saved is None and self.step is not None
+        saved = -1 if incident.saved_step is None else incident.saved_step
+        step = -1 if incident.last_step is None else incident.last_step
+        is_further = step > self.step or saved > self.saved
+        # A loop that never reports a checkpoint shows by its steps that it resumes.
+        resumes = step > self.step >= 0 > self.saved
         error = bug_of(incident.error)
-        is_same = error is not None and error == self.error
-        self.saved = incident.saved_step if has_saved else self.saved
-        self.step = incident.last_step if has_new_step else self.step
-        self.error = error
+        is_bug = error is not None and error == self.error and not is_further
         # Of a loop that tells of neither, nothing is known; --max-restarts counts its attempts.
-        is_known = self.saved is not None or self.step is not None
-        self.no_progress = self.no_progress + 1 if is_known and not (has_saved or resumes) else 0
+        is_known = max(step, saved, self.step, self.saved) >= 0
+        is_stuck = is_known and not (resumes or saved > self.saved)
+        self.no_progress = self.no_progress + 1 if is_stuck else 0
+        self.saved, self.step = max(saved, self.saved), max(step, self.step)
+        self.error = error
         shutdown = requested(incident, WorkloadAction.ShutdownWorkload)
         if shutdown:
             return shutdown
-        if is_same and not (has_saved or has_new_step):
+        if is_bug:
             return f"a bug in the code, no new step and the same error again: {incident.error}"
         if knows_saves and not incident.requests and 0 < self.max_no_progress <= self.no_progress:
             return f"no progress, {self.no_progress} attempts in a row saved no new checkpoint"
         return None
-
-
-def is_newer(step: int | None, than: int | None) -> bool:
-    return step is not None and (than is None or step > than)
 
 
 def bug_of(error: str | None) -> str | None:
@@ -239,12 +234,10 @@ class FaultToleranceAgent(LocalElasticAgent):
         self._is_noted = True  # whether its end is in incidents.jsonl
         self._ended: float | None = None  # the last attempt that has, wall clock
         self._listened = 0.0  # when this node last looked for what others tell, monotonic
-        self._is_left = False  # whether another node has left this round
         spec = self._worker_group.spec
         command = [*ft_monitor.monitor_command(), "--", str(spec.entrypoint), *spec.args]
         spec.entrypoint, spec.args = command[0], tuple(command[1:])
         os.environ["FT_SHUTDOWN_TIMEOUT"] = str(self._shutdown_timeout)
-        # What torch restarts the workers for.
         count = functools.partial(self._count_waiting, spec.rdzv_handler.num_nodes_waiting)
         spec.rdzv_handler.num_nodes_waiting = count  # type: ignore[method-assign]
 
@@ -273,39 +266,49 @@ class FaultToleranceAgent(LocalElasticAgent):
                 if not left:
                     raise
                 self._job.log.warning("a node was lost as the nodes met: meeting again")
-        self._is_left = False
 
     def _count_waiting(self, count: Callable[[], int]) -> int:
-        """The nodes to restart for: those that wait and find room, or one that has left."""
+        """The nodes that torch is to restart workers for: those that wait and find room, or have
+        left. What runs here may wait for them, or for those of a node that has ended the job."""
+        if time.monotonic() < self._listened + LISTEN_SECONDS:
+            return 0
+        self._listened = time.monotonic()
+        self._end_if_over()
         waiting = count()
         handler = self._worker_group.spec.rdzv_handler
         if isinstance(handler, c10d.DynamicRendezvousHandler):
             taken = len(handler._state_holder.state.participants)
             waiting = min(waiting, handler._settings.max_nodes - taken)
-        return max(waiting, int(self._is_left))
+        return waiting or int(self._told(LEFT) is not None)
 
     def _leave(self, reason: str) -> None:
-        """Take this node out of the job; torch would close the rendezvous for all."""
-        handler = self._worker_group.spec.rdzv_handler
-        handler.shutdown = lambda: True  # type: ignore[method-assign]
+        """Take this node out of the job, for which torch has no call."""
+        handler: Any = self._worker_group.spec.rdzv_handler
+        handler.shutdown = lambda: True  # which would close the rendezvous for all
         self._worker_group.state = WorkerState.FAILED
         self._tell(LEFT, reason)
-        leave_rendezvous(handler)
+        if isinstance(handler, c10d.DynamicRendezvousHandler):
+            handler._stop_heartbeats()
+            try:
+                deadline = handler._get_deadline(handler._settings.timeout.close)
+                handler._op_executor.run(c10d._RendezvousExitOp(), deadline)
+            except RendezvousError:
+                pass  # the others will take it for dead
         raise NodeLeft(reason)
 
     def _tell(self, key: str, text: str = "") -> None:
         store: Any = self._store
         try:
             store.set(key, text)
-        except (AttributeError, RuntimeError) as error:  # no store yet, or its node is lost
-            self._job.log.debug("cannot tell the other nodes: %s", error)
+        except (AttributeError, RuntimeError):
+            pass  # no store yet, or its node is lost, which torch notices
 
     def _told(self, key: str) -> str | None:
         store: Any = self._store
         try:
             return store.get(key).decode() if store.check([key]) else None
         except (AttributeError, RuntimeError):
-            return None  # as above; torch notices the loss
+            return None  # as above
 
     def _end_if_over(self) -> None:
         """End as another node has, if it has."""
@@ -366,22 +369,16 @@ class FaultToleranceAgent(LocalElasticAgent):
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = super()._monitor_workers(worker_group)
         job = self._job
-        if result.state == WorkerState.HEALTHY:
-            # The ranks here may wait for those of a node that has left, or has ended the job.
-            if time.monotonic() >= self._listened + LISTEN_SECONDS:
-                self._listened = time.monotonic()
-                self._is_left = self._told(LEFT) is not None
-                self._end_if_over()
-        elif result.state == WorkerState.SUCCEEDED:
+        if result.state == WorkerState.SUCCEEDED:
             incident = self._note()
             reason = incident and requested(incident, WorkloadAction.ShutdownWorkload)
             if reason and not job.is_complete():
                 self._end_job(reason)
-        elif job.is_complete():
+        elif result.state != WorkerState.HEALTHY and job.is_complete():
             job.log.warning("ranks failed, but training is complete: %s exists", job.flag)
             ranks = [worker.global_rank for worker in worker_group.workers]
             return RunResult(WorkerState.SUCCEEDED, dict.fromkeys(ranks))
-        else:
+        elif result.state != WorkerState.HEALTHY:
             self._decide(Outcome.FAILED, result.failures)
         return result
 
@@ -430,9 +427,11 @@ class FaultToleranceAgent(LocalElasticAgent):
         if self._is_noted:
             return None
         self._is_noted = True
-        reports = self._reports(failures or {})
-        if sum(report.ended is not None for report in reports) < len(self._worker_group.workers):
-            self._sweep()
+        reports, workers = self._reports(failures or {}), self._worker_group.workers
+        if sum(bool(report.pid and report.ended) for report in reports) < len(workers):
+            # A monitor was killed. What its rank has left descends from us now, a subreaper, as
+            # may what a wrapper has started before, which lacks the mark.
+            ft_monitor.kill_descendants(b"FT_RUN_DIR=" + os.fsencode(self._job.run_dir))
         if outcome == Outcome.ELSEWHERE and any(
             report.request or ft_monitor.raised_by_itself(report) for report in reports
         ):
@@ -444,7 +443,7 @@ class FaultToleranceAgent(LocalElasticAgent):
             reports=reports,
             outcome=outcome,
             stopped_by=stopped_by,
-            world=self._worker_group.workers[0].world_size,
+            world=workers[0].world_size,
             previous_end=self._ended,
         )
         self._ended = incident.end
@@ -455,19 +454,6 @@ class FaultToleranceAgent(LocalElasticAgent):
         except OSError as error:
             self._job.log.warning("cannot write down how the attempt ended: %s", error)
         return incident
-
-    def _sweep(self) -> None:
-        """Kill what the rank of a killed monitor has left; we are a subreaper, and its ancestor.
-
-        So we may be of what a wrapper has started before us: that lacks our mark.
-        """
-        mark = b"FT_RUN_DIR=" + os.fsencode(self._job.run_dir) + b"\0"
-        deadline = time.monotonic() + ft_monitor.REAP_SECONDS
-        left = [0]
-        while left and time.monotonic() < deadline:
-            left = [pid for pid in ft_monitor.descendants(os.getpid()) if has_mark(pid, mark)]
-            for pid in left:
-                ft_monitor.send(pid, signal.SIGKILL)
 
     def _decide(
         self, outcome: Outcome, failures: Mapping[int, ProcessFailure] | None = None
@@ -480,7 +466,7 @@ class FaultToleranceAgent(LocalElasticAgent):
         if is_ours:
             self._tell(FAILED)
         policy, reason = self._job.policy, None
-        saved = policy.saved or 0
+        saved = max(policy.saved, 0)
         if is_ours or self._told(FAILED) is not None:
             reason = policy.why_not(incident, self._worker_group.group_rank == 0)
         leave = requested(incident, WorkloadAction.ExcludeThisNode)
@@ -495,26 +481,6 @@ class FaultToleranceAgent(LocalElasticAgent):
             self._leave(leave)
         if reason or is_over:
             self._end_job(reason or "")
-
-
-def has_mark(pid: int, mark: bytes) -> bool:
-    """Whether a process was started with this in its environment."""
-    try:
-        return mark in Path(f"/proc/{pid}/environ").read_bytes()
-    except OSError:
-        return False
-
-
-def leave_rendezvous(handler: Any) -> None:
-    """Let the others not wait until this node is taken for dead; torch has no call for it."""
-    if not isinstance(handler, c10d.DynamicRendezvousHandler):
-        return
-    handler._stop_heartbeats()
-    try:
-        deadline = handler._get_deadline(handler._settings.timeout.close)
-        handler._op_executor.run(c10d._RendezvousExitOp(), deadline)
-    except RendezvousError:
-        pass
 
 
 def check_node(command: str, run_dir: Path) -> str | None:
@@ -549,7 +515,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = torch.distributed.run.get_args_parser()
     parser.prog = "ft_launcher.py"
     parser.usage = "ft_launcher.py [options] SCRIPT [options of the script]  (--help lists all)"
-    parser.description = "torchrun plus fault tolerance; --ft-status and --ft-report show a run."
+    parser.description = "Besides: --ft-status [RUN_DIR] and --ft-report [RUN_DIR] show a run."
     parser.allow_abbrev = False  # an option of the script may be the beginning of one of ours
     group = FaultToleranceConfig.add_arguments(parser, action=env)
     add = functools.partial(group.add_argument, action=env)
@@ -567,7 +533,7 @@ def spell(argv: Sequence[str], parser: argparse.ArgumentParser) -> tuple[list[st
 
     Also those options of NVIDIA's that have no meaning here, which are left out.
     """
-    options = parser._option_string_actions
+    known = parser._option_string_actions
     spelt: list[str] = []
     ignored: list[str] = []
     words = list(argv)
@@ -576,10 +542,12 @@ def spell(argv: Sequence[str], parser: argparse.ArgumentParser) -> tuple[list[st
         if name.startswith("--"):
             name = name.replace("_", "-").replace("--ft-param-", "--ft-")
             name = RENAMED.get(name, name)
-        is_ignored = name not in options and ft_monitor.is_nvidias(name)
+        is_ignored = name not in known and ft_monitor.is_nvidias(name)
+        has_value = is_ignored and name != "--ft-ignore-missing-cfg"
+        if name in known:
+            has_value = known[name].nargs != 0
         option = [name + equals + value]
-        takes_value = options[name].nargs != 0 if name in options else is_ignored
-        if takes_value and not equals and words and not words[0].startswith("-"):
+        if has_value and not equals and words and not words[0].startswith("-"):
             option.append(words.pop(0))
         (ignored if is_ignored else spelt).extend(option)
     return spelt + words, ignored
@@ -650,10 +618,10 @@ def check_tasks(nodes: int) -> None:
     """Each of several tasks on one node would start all ranks, as a training of its own."""
     local = os.environ.get("SLURM_LOCALID") or "0"
     tasks = re.findall(r"(\d+)(?:\(x\d+\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE") or "")
-    if nodes == 1 and (local != "0" or any(count != "1" for count in tasks)):
+    if nodes == 1 and (local != "0" or {*tasks} - {"1"}):
         raise ConfigError(
-            "srun starts several launchers on this node: give it --ntasks-per-node=1 (or, for as "
-            "many trainings, unset SLURM_LOCALID and SLURM_STEP_TASKS_PER_NODE)"
+            "srun starts several launchers on this node: give it --ntasks-per-node=1 (or, for a "
+            "training each, unset SLURM_LOCALID and SLURM_STEP_TASKS_PER_NODE)"
         )
 
 
@@ -751,7 +719,7 @@ def run(job: Job, launch: Any) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     job, launch = parse_arguments(sys.argv[1:] if argv is None else argv)
     ignore_user_signals()
-    ft_monitor.process_control(ft_monitor.PR_SET_CHILD_SUBREAPER, 1)  # see _sweep()
+    ft_monitor.process_control(ft_monitor.PR_SET_CHILD_SUBREAPER, 1)  # see _note()
     prepare_environment(job)
     job.log.info("settings: %s; evidence: %s", job.config.to_json(), job.run_dir)
     if not job.config.is_watching():

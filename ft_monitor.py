@@ -1195,16 +1195,25 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def kill_descendants(but: Collection[int] = ()) -> list[int]:
-    """SIGKILL all that descends from this process; return what does not end (D state)."""
+def kill_descendants(mark: bytes = b"") -> list[int]:
+    """SIGKILL all that descends from this process, or was started with a mark such as b"NAME=value"
+    in its environment; return what does not end (D state)."""
     deadline = time.monotonic() + REAP_SECONDS
     while True:
-        left = [pid for pid in descendants(os.getpid()) if pid not in but]
+        left = [pid for pid in descendants(os.getpid()) if not mark or has_mark(pid, mark)]
         for pid in left:
             send(pid, signal.SIGKILL)
         if not left or time.monotonic() > deadline:
             return left
         time.sleep(0.005)
+
+
+def has_mark(pid: int, mark: bytes) -> bool:
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            return mark in file.read().split(b"\0")
+    except OSError:
+        return False
 
 
 def process_status(pid: int, name: str) -> str:
@@ -1470,6 +1479,7 @@ class RankMonitor:
 
     def end_survivor(self, end: End, reason: str, now: float) -> None:
         """It can only wait for who is gone, unless it is saving a checkpoint."""
+        self.hear(now)  # it may have begun to since the last look
         kill_at = now + self.config.workers_stop_timeout
         ending = Ending(end, reason, signal.SIGKILL, kill_at, wants_stacks=True, may_save=True)
         self.begin(ending, now)
@@ -1570,8 +1580,8 @@ class Stacks:
         while time.monotonic() < until:
             time.sleep(0.001)  # they are written in one go, mostly quicker than this
             before, size = size, os.fstat(self.descriptor).st_size
-            if size == before > start:
-                break
+            if size == before > start or process_status(pid, "State")[:1] in "ZX":
+                break  # or it has ended meanwhile, as survivors do that hear of a peer's end
         self.text += os.pread(self.descriptor, size - start, start).decode(errors="replace")
         return size > start
 

@@ -502,8 +502,8 @@ def test_what_follows_the_script_reaches_it_untouched_and_options_before_it_have
     options = [
         *("--nproc_per_node", "1", "-t0", "-r", "0", "--ft-param-startup_timeout=30"),
         *("--ft-exit_timeout=none", "--ft_rank_heartbeat_timeout=5", "--ft-segment", "4"),
-        *("--ft-enable_nic_monitor=True", "--ft-ignore-missing-cfg", "--term-timeout=7"),
-        "--workers-stop-timeout=8",
+        *("--ft-enable_nic_monitor=True", "--term-timeout=7", "--workers-stop-timeout=8"),
+        "--ft-ignore-missing-cfg",
     ]
     job = launch(options, body, *arguments, PET_FT_SAFETY_FACTOR="7", PET_FT_STARTUP_TIMEOUT="99")
     assert job.wait() == 0, job.output
@@ -514,6 +514,14 @@ def test_what_follows_the_script_reaches_it_untouched_and_options_before_it_have
     settings = json.loads(re.findall(r"settings: ({.*?})", line)[0])
     assert settings["startup_timeout"] == 30 and settings["rank_heartbeat_timeout"] == 5
     assert settings["safety_factor"] == 7 and settings["workers_stop_timeout"] == 8
+
+
+@pytest.mark.parametrize("last", ["-r3", "-m", "--ft-ignore-missing-cfg", "--standalone", "--x"])
+def test_an_option_without_a_value_does_not_hide_where_the_script_begins(last: str) -> None:
+    parser = ft_launcher.get_args_parser()
+    words = ["--max_restarts", "3", last, "train.py", "--my_option=a_b", "--max_restarts=9"]
+    spelt, _ = ft_launcher.spell(words, parser)
+    assert spelt[:2] == ["--max-restarts", "3"] and spelt[-3:] == words[-3:]
 
 
 def test_a_run_is_looked_at_without_waiting_for_the_import_of_torch(

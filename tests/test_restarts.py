@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import test_launcher
@@ -20,6 +21,7 @@ import torch.distributed
 from conftest import Started, processes_with, wait_until
 from test_launcher import Launch, endings, gone_within, our_lines, read_reports, wait_for_ranks
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.rendezvous import dynamic_rendezvous
 
 import ft_launcher
 import ft_monitor
@@ -848,6 +850,26 @@ sys.exit(7)
     assert "passing SIGTERM on" not in second.output
     assert first.wait(30) == 0, first.output
     assert "another node's workers failed, or nodes joined" in first.output
+
+
+def test_nodes_that_wait_without_room_restart_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --nnodes=2 and four launchers, one that is left over waits for ever."""
+    handler = Mock(spec=dynamic_rendezvous.DynamicRendezvousHandler)
+    handler._settings = SimpleNamespace(max_nodes=2)
+    agent = ft_launcher.FaultToleranceAgent.__new__(ft_launcher.FaultToleranceAgent)
+    agent._worker_group = Mock()
+    agent._worker_group.spec.rdzv_handler = handler
+    told: dict[str, str] = {}
+    monkeypatch.setattr(agent, "_told", told.get)
+
+    def waiting(taken: int, waiting: int) -> int:
+        handler._state_holder = SimpleNamespace(state=SimpleNamespace(participants=range(taken)))
+        agent._listened = 0.0
+        return agent._count_waiting(lambda: waiting)
+
+    assert waiting(2, 1) == 0 and waiting(1, 1) == 1 and waiting(1, 0) == 0
+    told[ft_launcher.LEFT] = "a reason"
+    assert waiting(2, 0) == 1
 
 
 def test_a_node_that_is_lost_as_the_nodes_meet_is_met_again(

@@ -60,14 +60,14 @@ GresTypes=gpu
 NodeName=DEFAULT CPUs=8 RealMemory=8000 Gres=gpu:2 Feature=fast State=UNKNOWN
 NodeName=n1 NodeHostname={host} NodeAddr={address} Port={first}
 NodeName=n2 NodeHostname={host} NodeAddr={address} Port={second}
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE State=UP
-PartitionName=cancel Nodes=ALL MaxTime=INFINITE PriorityTier=1 PreemptMode=CANCEL State=UP
-PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=9 PreemptMode=OFF State=UP
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE
+PartitionName=cancel Nodes=ALL MaxTime=INFINITE PriorityTier=1 PreemptMode=CANCEL
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=9 PreemptMode=OFF
 """
 
 
 class Slurm:
-    """A cluster of two nodes. Its clients are called with its configuration, and nothing else of the environment's."""
+    """A cluster of two nodes. Its clients get its configuration and nothing else of SLURM's."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -212,11 +212,12 @@ def directory(slurm: Slurm, tmp_path: Path) -> Iterator[Path]:
     wait_until(slurm.is_idle, 30, "idle nodes")
 
 
-# Counts its starts, and saves a checkpoint in each; $1 says when to finish and $2 what to do otherwise.
+# Counts its starts and saves a checkpoint; $1 says when to finish, $2 what to do otherwise.
 TRAIN = """#!/bin/bash
-f=$FAULT_TOL_FINISHED_FLAG_FILE; echo "$SLURM_JOB_ID ${SLURM_RESTART_COUNT:-0}$(printf ' <%s>' "$@")" >>"$f.starts"
+f=$FAULT_TOL_FINISHED_FLAG_FILE
+echo "$SLURM_JOB_ID ${SLURM_RESTART_COUNT:-0}$(printf ' <%s>' "$@")" >>"$f.starts"
 n=$(wc -l <"$f.starts")
-case $2 in fail) exit 4;; nothing) exit 0;; esac
+case $2 in fail) exit 4;; nothing) exit 0;; usage) [ $n -eq 1 ] || exit 2;; esac
 echo "{\\"step\\": $n}" >"$f.tmp" && mv "$f.tmp" "$f.progress"
 [ "$n" -lt "$1" ] || { echo '{"reason": "max_steps reached"}' >"$f"; exit 0; }
 case $2 in wait) until [ -e "$f.stop" ]; do sleep 0.05; done; rm "$f.stop";; esac
@@ -238,11 +239,12 @@ def write_job(
     command: str = './train.sh "$@"',
     start: str = "exec",
 ) -> Path:
-    """A job script that starts autoresume.sh, and the command; programs in the directory `bin` hide SLURM's."""
+    """A job script, and the command; programs in the directory `bin` hide SLURM's."""
     write_program(directory / "train.sh", TRAIN)
     return write_program(
         directory / "the job.sh",
-        f"#!/bin/bash\n#SBATCH -N1 -n1 {lines} -o out-%j.txt --open-mode=append\nPATH=$PWD/bin:$PATH\n"
+        f"#!/bin/bash\n#SBATCH -N1 -n1 {lines} -o out-%j.txt --open-mode=append\n"
+        "PATH=$PWD/bin:$PATH\n"
         f"{start} '{ROOT}/autoresume.sh' {' '.join(options)} -- {command}\n",
     )
 
@@ -283,9 +285,9 @@ def test_a_chain_of_jobs_ends_with_the_flag_and_an_empty_queue(
     slurm.wait_empty()
     lines = [line.split(" ", 2) for line in starts(directory)]
     assert [line[2] for line in lines] == ["<3> <go  on> <> <*> <>"] * 3, output(directory)
-    assert len({line[0] for line in lines}) == 3 and lines[0][0] == job, output(directory)
+    assert len({line[0] for line in lines}) == 3 and lines[0][0] == job
     assert "training is complete" in output(directory)
-    assert not re.search("warning|cannot|words", output(directory)), output(directory)
+    assert not re.search("warning|cannot|error", output(directory)), output(directory)
     runs = notes(directory)
     assert [run["job"] for run in runs if run["result"] == "running"] == [line[0] for line in lines]
     assert runs[-1]["result"] == "complete"
@@ -301,7 +303,7 @@ def test_usr1_before_the_time_limit_hands_over_to_the_next_job(
     slurm.call("scancel", "--batch", "--signal=USR1", job)
     slurm.wait_empty()
     assert len(starts(directory)) == 2, output(directory)
-    assert "got SIGUSR1: passing it on" in output(directory)
+    assert "got SIGUSR1" in output(directory)
     assert (directory / "ft_finished.flag").exists()
 
 
@@ -319,7 +321,7 @@ def test_after_usr1_a_failed_run_is_followed_by_none_in_this_job(
 
 
 def test_a_time_limit_and_the_signal_before_it_are_survived(slurm: Slurm, directory: Path) -> None:
-    """Two jobs at once, since SLURM looks at time limits every 30 s: one is told before its end, the other is not."""
+    """Two jobs at once, since SLURM looks at time limits every 30 s: one is told, one is not."""
     told, untold = directory / "told", directory / "untold"
     for path, lines in ((told, "-t 1 --signal=B:USR1@45"), (untold, "-t 5")):
         path.mkdir()
@@ -330,8 +332,7 @@ def test_a_time_limit_and_the_signal_before_it_are_survived(slurm: Slurm, direct
     for path in (told, untold):
         assert len(set(jobs_of(path))) == len(starts(path)) == 2, output(path)
         assert (path / "ft_finished.flag").exists()
-    assert "got SIGUSR1: passing it on" in output(told)
-    assert "continues from here" in output(told)
+    assert "got SIGUSR1" in output(told) and "continues from here" in output(told)
     assert "DUE TO TIME LIMIT" in output(untold) and "was cancelled" not in output(untold)
 
 
@@ -342,6 +343,15 @@ def test_a_job_that_always_fails_stops_at_the_limit_and_leaves_no_job(
     slurm.wait_empty()
     assert len(starts(directory)) == 3, output(directory)
     assert "3 runs in a row without progress: giving up" in output(directory)
+
+
+def test_exit_code_2_in_a_later_job_is_a_failure_like_any_other(
+    slurm: Slurm, directory: Path
+) -> None:
+    slurm.submit(directory, str(write_job(directory, "--max-failures=2")), "9", "usage")
+    slurm.wait_empty()
+    assert len(starts(directory)) == 3 and len(set(jobs_of(directory))) == 2, output(directory)
+    assert "2 runs in a row without progress: giving up" in output(directory)
 
 
 def test_scancel_cancels_the_continuation_too(slurm: Slurm, directory: Path) -> None:
@@ -387,11 +397,11 @@ def test_a_job_cancelled_while_it_could_not_act_is_not_gone_on_with(
     slurm.call("scancel", *(["-s", "KILL"] if how == "KILL" else []), job)
     slurm.wait_empty(30)
     assert len(starts(directory)) == 1, output(directory)
-    # KILL comes after a TERM, and autoresume.sh may live a moment longer than the job script: those may act themselves.
+    # TERM comes before KILL, and autoresume.sh may outlive the job script: it may have acted.
     assert f"job {job}, which this job was to continue, was cancelled" in output(directory) or (
         how != "pending" and "the job was cancelled" in output(directory)
     )
-    assert ("warning: signals will not arrive here" in output(directory)) == (how == "no exec")
+    assert ("warning: signals will not arrive" in output(directory)) == (how == "no exec")
 
 
 @pytest.mark.parametrize("partition", ["main", "cancel"])
@@ -430,7 +440,7 @@ def test_a_continuation_that_the_user_cancels_is_not_queued_again(
     slurm.call("scancel", continuation)
     (directory / "ft_finished.flag.stop").touch()
     wait_for_starts(directory, 2)
-    assert len(slurm.queue()) == 1
+    assert len(set(jobs_of(directory))) == len(slurm.queue()) == 1, output(directory)
     (job,) = slurm.queue()
     slurm.call("scancel", "--batch", "--signal=USR1", job)
     slurm.wait_empty(30)
@@ -467,34 +477,67 @@ def test_a_job_of_a_chain_waits_for_a_lock_as_long_as_it_takes(
             lambda: slept.exists() and slept.read_text().count("\n") > 65, 60, "much waiting"
         )
         assert output(directory).count("waiting for another run") == 1, output(directory)
+        assert f"pid {os.getpid()} (" in output(directory) or "another host" in output(directory)
         assert len(slurm.queue("-t", "RUNNING")) == len(slurm.queue("-t", "PENDING")) == 1
         (job,) = slurm.queue("-t", "RUNNING")
         slurm.call("scancel", "--batch", "--signal=TERM", job)
         wait_until(lambda: f"{job}" not in slurm.queue(), 30, "the end of the job that waits")
+        assert "got SIGTERM" in output(directory) and len(starts(directory)) == 1
     wait_for_starts(directory, 2)
     slurm.cancel_all()
 
 
-def test_options_that_the_next_job_does_not_get_are_named_and_sbatch_gives_them(
-    slurm: Slurm, directory: Path
-) -> None:
-    script = write_job(directory, lines="-t 5")
-    slurm.submit(directory, "-t", "7", "--constraint=fast", str(script), "2")
-    slurm.wait_empty()
-    (warning,) = re.findall(r"warning: job \d+ differs in.*", output(directory))
-    assert "time" in warning and "constraint" in warning and "partition" not in warning
+SHOW = """bash -c 'scontrol show job $SLURM_JOB_ID >show.$SLURM_JOB_ID
+env | grep ^SLURM >>show.$SLURM_JOB_ID; exec ./train.sh 2 x'"""
 
 
-def test_with_its_options_in_sbatch_the_next_job_is_like_this_one(
+def shown(directory: Path, job: str) -> set[str]:
+    """What SLURM shows of a job, and tells it, less what differs between any two jobs."""
+    words = (directory / f"show.{job}").read_text().replace(f"-{job}.txt", "-%j.txt").split()
+    differs = r"(Time|Id|ID|PID|Priority|Eval|Scheduler|Sid|Command|DEPENDENCY)="
+    return {word for word in words if not re.search(differs, word)}
+
+
+def test_the_next_job_gets_the_scripts_options_and_those_of_sbatch(
     slurm: Slurm, directory: Path
 ) -> None:
-    script = write_job(directory, "--sbatch '-t 7 --constraint=fast'", lines="-t 5")
-    slurm.submit(directory, "-t", "7", "--constraint=fast", str(script), "2")
+    options = "--ntasks-per-node=2 --cpus-per-task=3 --mem=500 --gres=gpu:1 --constraint=fast"
+    lines = f"-t 5 --ntasks=2 {options} -J 'a name' --comment='a comment' --mail-user=x@y"
+    given = ["--exclude=n2", "--nice=5", "--no-requeue", "-e", "err of %x-%j.txt", "-p", "cancel"]
+    sbatch = """--sbatch "--exclude=n2 --nice=5 -e 'err of %x-%j.txt'" --sbatch='-p cancel'"""
+    script = write_job(directory, sbatch, "--sbatch=--no-requeue", lines=lines, command=SHOW)
+    first = slurm.submit(directory, *given, str(script))
     slurm.wait_empty()
-    assert len(set(jobs_of(directory))) == 2, output(directory)
-    assert "differs" not in output(directory)
-    info = slurm.call("scontrol", "show", "job", jobs_of(directory)[1], "--oneliner")
-    assert "TimeLimit=00:07:00" in info and "Features=fast" in info
+    assert len(starts(directory)) == 2, output(directory)
+    second = jobs_of(directory)[1]
+    difference = shown(directory, first) ^ shown(directory, second)
+    assert difference <= {"files/the", "job.sh", "files/ft_finished.flag.job"}
+    assert len(shown(directory, first)) > 60 and "Features=fast" in shown(directory, first)
+    assert (directory / f"err of a name-{second}.txt").exists()
+    errors = "".join(path.read_text() for path in directory.glob("err of *"))
+    assert f"job {second} is queued" in errors and "warning" not in errors, errors
+
+
+def test_what_the_next_job_will_not_get_is_said_at_once(slurm: Slurm, directory: Path) -> None:
+    """Options of sbatch's command line; those of the script it has."""
+    script = write_job(directory, lines="-t 5 --mem=50")
+    options = "-t 10 -n2 -N2 -p cancel --mem=60 --gpus-per-node=1 --exclusive --no-requeue"
+    slurm.submit(directory, *options.split(), str(script), "9", "wait")
+    wait_for_starts(directory, 1)
+    (warning,) = re.findall("warning: .*", output(directory))
+    for difference in (
+        "--time (00:10:00 here, 00:05:00 there)",
+        "--partition (cancel here, main there)",
+        "--nodes (2 here, 1-1 there)",
+        "--ntasks (2 here, 1 there)",
+        "--mem (60M here, 50M there)",
+        "--gpus-per-node (gres:gpu:1 here, none there)",
+        "--exclusive (NO here, OK there)",
+        "--requeue (0 here, 1 there)",
+    ):
+        assert difference in warning
+    assert warning.count(" here, ") == 8
+    assert warning.endswith("write #SBATCH lines, or --sbatch 'OPTIONS'")
 
 
 def test_the_next_job_runs_where_this_one_did(slurm: Slurm, directory: Path) -> None:
@@ -543,9 +586,7 @@ def test_loop_mode_does_all_runs_in_one_job(
         names = (
             "bash",
             "env",
-            "dirname",
             "grep",
-            "sed",
             "flock",
             "rm",
             "mv",
@@ -569,13 +610,13 @@ def test_loop_mode_does_all_runs_in_one_job(
 
 def test_sbatch_that_fails_is_tried_again(slurm: Slurm, directory: Path) -> None:
     script = write_job(directory)
-    once = "[ -e once ] || { touch once; echo 'sbatch: error: Socket timed out' >&2; exit 1; }"
+    fails = "echo x >>tries; [ $(wc -l <tries) -gt 2 ] || { echo 'Socket timed out' >&2; exit 1; }"
     write_program(
-        directory / "bin" / "sbatch", f'#!/bin/bash\n{once}\nexec {shutil.which("sbatch")} "$@"\n'
+        directory / "bin" / "sbatch", f'#!/bin/bash\n{fails}\nexec {shutil.which("sbatch")} "$@"\n'
     )
     slurm.submit(directory, str(script), "3", "wait")
     wait_for_starts(directory, 1)
-    assert "no continuation is queued" in output(directory)
+    assert "no continuation is queued" in output(directory) and len(slurm.queue()) == 1
     (directory / "ft_finished.flag.stop").touch()
     wait_for_starts(directory, 2)
     assert len(set(jobs_of(directory))) == 2, output(directory)
@@ -662,35 +703,20 @@ def test_each_task_of_a_job_array_has_a_chain_of_its_own(slurm: Slurm, directory
         assert len(set(jobs_of(directory, flag))) == len(starts(directory, flag)) == 2, output(
             directory
         )
-    assert not re.search("cannot|error", output(directory)), output(directory)
+    assert not re.search("cannot|error|warning", output(directory)), output(directory)
 
 
-def test_a_flag_in_a_missing_directory_is_one_line_and_leaves_no_job(
-    slurm: Slurm, directory: Path
-) -> None:
+def test_wrong_usage_is_one_line_and_leaves_no_job(slurm: Slurm, directory: Path) -> None:
     slurm.submit(directory, str(write_job(directory, "--flag missing/flag")), "1", "go on")
     slurm.wait_empty()
-    assert output(directory).count(
-        "\n"
-    ) == 1 and "expected a file in a writable directory" in output(directory)
-
-
-def test_a_flag_in_a_read_only_directory_is_one_line_and_leaves_no_job(
-    slurm: Slurm, directory: Path
-) -> None:
-    slurm.submit(
-        directory, str(write_job(directory, "--flag /proc/flag")), "1", "go on"
-    )  # not root's either
-    slurm.wait_empty()
-    assert output(directory).count(
-        "\n"
-    ) == 1 and "expected a file in a writable directory" in output(directory)
+    assert output(directory).count("\n") == 1 and "a writable directory" in output(directory)
 
 
 def test_a_chain_survives_the_loss_of_exit_codes(slurm: Slurm, directory: Path) -> None:
-    """srun returns the highest code of its tasks, and scripts lose codes: the reason file counts."""
-    gives_up = """bash -c 'echo "{\\"reason\\": \\"a bug\\"}" >"$FAULT_TOL_FINISHED_FLAG_FILE.gave_up"; exit 1'"""
-    slurm.submit(directory, str(write_job(directory, command=f"srun {gives_up}")))
+    """srun returns the highest code of its tasks, scripts lose them: the reason file counts."""
+    (directory / "reason").write_text('{"reason": "a bug"}\n')
+    gives_up = 'cp reason "$FAULT_TOL_FINISHED_FLAG_FILE.gave_up"; exit 1'
+    slurm.submit(directory, str(write_job(directory, command=f"srun bash -c '{gives_up}'")))
     slurm.wait_empty()
     assert "gave up: a bug" in output(directory)
 
@@ -723,18 +749,23 @@ def test_the_readmes_job_script_for_one_node_runs_as_written(slurm: Slurm, direc
 
 
 def test_a_lightning_training_of_three_jobs(slurm: Slurm, directory: Path) -> None:
-    """The README's job script for several nodes: two launchers, a rank killed on the way, two stop requests, an end."""
+    """The README's script for several nodes: a rank killed on the way, two stops, an end."""
     script = directory / "job.sh"
     readme = (ROOT / "README.md").read_text()
     _, _, text = readme.partition("<!-- job.sh -->\n```bash\n")
     text = text.partition("```")[0]
     assert "srun" in text and "autoresume.sh" in text
-    for old, new in {
-        "--nodes=4": "--nodes=2", "--time=04:00:00": "--time=60\n#SBATCH -o out-%j.txt", "--gpus-per-node=8": "--gpus-per-node=2", "=64": "=4",
-        "--nproc-per-node=8": "--nproc-per-node=1", "./autoresume.sh": f"'{ROOT}/autoresume.sh'",
-        "ft_launcher.py": f"'{ROOT}/ft_launcher.py' --ft-run-dir=runs",
-        "train.py": f"'{ROOT}/examples/train.py' --epochs 3 --steps-per-epoch 40 --fault rank_killed --fault-delay 2",
-    }.items():  # fmt: skip
+    train = "--epochs 3 --steps-per-epoch 40 --fault rank_killed --fault-delay 1"
+    for old, new in (
+        ("#SBATCH --nodes=4", "#SBATCH -o out-%j.txt\n#SBATCH --nodes=2"),
+        ("--time=04:00:00", "--time=60"),
+        ("--gpus-per-node=8", "--gpus-per-node=2"),
+        ("=64", "=4"),
+        ("--nproc-per-node=8", "--nproc-per-node=1"),
+        ("./autoresume.sh", f"'{ROOT}/autoresume.sh'"),
+        ("ft_launcher.py", f"'{ROOT}/ft_launcher.py' --ft-run-dir=runs"),
+        ("train.py", f"'{ROOT}/examples/train.py' {train}"),
+    ):
         assert old in text, old
         text = text.replace(old, new)
     # Two slurmd on one host: the nodes' names do not resolve.
@@ -744,7 +775,8 @@ def test_a_lightning_training_of_three_jobs(slurm: Slurm, directory: Path) -> No
     script.write_text(text)
     job = slurm.submit(directory, str(script))
     progress = directory / "ft_finished.flag.progress"
-    wait_until(progress.exists, 120, f"a checkpoint: {output(directory)}")
+    killed = "ended by SIGKILL, which nobody here sent"
+    wait_until(lambda: killed in output(directory) and progress.exists(), 120, "a restart, a save")
     slurm.call("scancel", "--batch", "--signal=USR1", job)
     wait_until(
         lambda: "run 2 starts" in output(directory), 60, f"a second job: {output(directory)}"
@@ -755,8 +787,6 @@ def test_a_lightning_training_of_three_jobs(slurm: Slurm, directory: Path) -> No
     )
     slurm.wait_empty()
     text = output(directory)
-    assert "ended by SIGKILL, which nobody here sent" in text
-    assert text.count("stopped at step") >= 2
     runs = notes(directory)
     assert [run["run"] for run in runs] == [1, 1, 2, 2, 3, 3] and len(
         {run["job"] for run in runs}
