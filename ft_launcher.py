@@ -723,7 +723,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare_environment(job)
     job.log.info("settings: %s; evidence: %s", job.config.to_json(), job.run_dir)
     if not job.config.is_watching():
-        job.log.info("hang detection is off, unless ranks calculate timeouts: none is set")
+        job.log.info("no timeout is set: hang detection begins if ranks calculate them")
     if launch[0].rdzv_backend == "static" and launch[0].max_restarts:
         text = "restarts rarely come back with the static rendezvous: give --rdzv-backend=c10d"
         job.log.warning(text)

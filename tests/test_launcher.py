@@ -396,7 +396,7 @@ def test_two_launchers_at_once_with_default_flags_each_run_a_world_of_their_own(
     settings, off = first.output.splitlines()
     run_dir = Path(ranks["a_0"]["FT_RUN_DIR"])
     assert settings.startswith("[ft_launcher] settings: ")
-    assert settings.endswith(f"evidence: {run_dir}") and "hang detection is off" in off
+    assert settings.endswith(f"evidence: {run_dir}") and "no timeout is set" in off
 
     # Left behind: the evidence and nothing else, in the places that the table of files names.
     assert [path.name for path in temporary.iterdir()] == [f"ft_runs_{os.getuid()}"]
