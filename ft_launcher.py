@@ -104,6 +104,7 @@ STOP_MARGIN_SECONDS = 20  # that a monitor may take after its rank's grace: SIGK
 OVER = "ft_over"  # the job is, and why; empty where restarts are used up
 FAILED = "ft_failed"  # ranks have, and nodes not just joined: this attempt counts
 LEFT = "ft_left"  # a node has, the others start again without it
+DONE = "ft_done"  # with a node's number: its ranks have ended well
 RENAMED = {  # NVIDIA's flags
     "--fault-tol-cfg-path": "--ft-cfg-path",
     "--term-timeout": "--shutdown-timeout",
@@ -234,6 +235,8 @@ class FaultToleranceAgent(LocalElasticAgent):
         self._is_noted = True  # whether its end is in incidents.jsonl
         self._ended: float | None = None  # the last attempt that has, wall clock
         self._listened = 0.0  # when this node last looked for what others tell, monotonic
+        self._well: RunResult | None = None  # how this node's ranks have ended, if well
+        self._wait_until = 0.0  # for those of other nodes then, monotonic
         spec = self._worker_group.spec
         command = [*ft_monitor.monitor_command(), "--", str(spec.entrypoint), *spec.args]
         spec.entrypoint, spec.args = command[0], tuple(command[1:])
@@ -303,10 +306,11 @@ class FaultToleranceAgent(LocalElasticAgent):
         except (AttributeError, RuntimeError):
             pass  # no store yet, or its node is lost, which torch notices
 
-    def _told(self, key: str) -> str | None:
+    def _told(self, *keys: str) -> str | None:
+        """What was told under the first key, if under all of them something was."""
         store: Any = self._store
         try:
-            return store.get(key).decode() if store.check([key]) else None
+            return store.get(keys[0]).decode() if store.check(list(keys)) else None
         except (AttributeError, RuntimeError):
             return None  # as above
 
@@ -337,7 +341,7 @@ class FaultToleranceAgent(LocalElasticAgent):
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         self._attempt += 1
-        self._started, self._is_noted = time.time(), False
+        self._started, self._is_noted, self._well = time.time(), False, None
         os.environ["FT_ATTEMPT"] = str(self._attempt)
         self._directory.mkdir(parents=True, exist_ok=True)
         link = self._job.run_dir / "latest.new"
@@ -367,20 +371,36 @@ class FaultToleranceAgent(LocalElasticAgent):
         close(number, timeout)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        result = super()._monitor_workers(worker_group)
+        result = self._well or super()._monitor_workers(worker_group)
         job = self._job
         if result.state == WorkerState.SUCCEEDED:
-            incident = self._note()
-            reason = incident and requested(incident, WorkloadAction.ShutdownWorkload)
-            if reason and not job.is_complete():
-                self._end_job(reason)
-        elif result.state != WorkerState.HEALTHY and job.is_complete():
+            return self._end_with_all(result)
+        if result.state != WorkerState.HEALTHY and job.is_complete():
             job.log.warning("ranks failed, but training is complete: %s exists", job.flag)
             ranks = [worker.global_rank for worker in worker_group.workers]
             return RunResult(WorkerState.SUCCEEDED, dict.fromkeys(ranks))
-        elif result.state != WorkerState.HEALTHY:
+        if result.state != WorkerState.HEALTHY:
             self._decide(Outcome.FAILED, result.failures)
         return result
+
+    def _end_with_all(self, result: RunResult) -> RunResult:
+        """Ranks that have ended well pass for healthy until those of all nodes have.
+
+        Otherwise torch would only wait for them, deaf to those that failed and want a restart.
+        """
+        group, is_complete = self._worker_group, self._job.is_complete()
+        if self._well is None:
+            incident = self._note()
+            reason = incident and requested(incident, WorkloadAction.ShutdownWorkload)
+            if reason and not is_complete:
+                self._end_job(reason)
+            self._well, self._wait_until = result, time.monotonic() + self._exit_barrier_timeout
+            self._tell(f"{DONE}{group.group_rank}")
+        is_over = is_complete or time.monotonic() > self._wait_until
+        names = [f"{DONE}{number}" for number in range(group.group_world_size or 1)]
+        if is_over or self._told(*names) is not None:
+            return result
+        return RunResult(WorkerState.HEALTHY)
 
     def _stop_workers(self, worker_group: WorkerGroup, *args: Any, **kwargs: Any) -> None:
         """Called before a restart, also where ranks are well, and another node's are not."""

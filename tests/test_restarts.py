@@ -757,6 +757,31 @@ def test_a_node_that_a_rank_excludes_ends_with_0_and_the_other_goes_on(
     assert "node a goes on alone" in other.output
 
 
+def test_a_node_whose_ranks_ended_well_starts_again_with_one_whose_ranks_failed_later(
+    two_nodes: Nodes, tmp_path: Path
+) -> None:
+    body = (
+        REQUEST
+        + """
+NODE = os.environ["NODE"]
+client.send_heartbeat(ATTEMPT)
+client.report_saved(ATTEMPT)
+while NODE == "b" and not (HERE / "latest_a").exists():
+    time.sleep(0.05)
+if NODE == "b" and ATTEMPT == 0:
+    time.sleep(1.5)  # meanwhile, launcher a has noticed
+    sys.exit(7)
+(HERE / f"latest_{NODE}").touch()
+if ATTEMPT == 1:
+    (HERE / "finished").touch()
+"""
+    )
+    first, second = two_nodes("", body, "2")
+    assert first.wait(60) == 0, first.output
+    assert second.wait(60) == 0, second.output
+    assert "attempt 0 ended" in second.output and (tmp_path / "finished").exists()
+
+
 # The rank on node a goes on, and never notices that the one on node b fails.
 UNAWARE = (
     REQUEST
