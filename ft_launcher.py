@@ -37,6 +37,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import re
 import shutil
@@ -46,7 +47,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +85,7 @@ from torch.distributed.argparse_util import env
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import SignalException
-from torch.distributed.elastic.multiprocessing.errors import (
-    ChildFailedError,
-    ProcessFailure,
-    record,
-)
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
 from torch.distributed.elastic.rendezvous import dynamic_rendezvous as c10d
 from torch.distributed.launcher import api as launcher_api
@@ -151,6 +148,15 @@ class RestartPolicy:
         if knows_saves and not incident.requests and 0 < self.max_no_progress <= self.no_progress:
             return f"no progress, {self.no_progress} attempts in a row saved no new checkpoint"
         return None
+
+    def what_is_kept(self, incident: Incident) -> str:
+        """Of an attempt that was told to stop."""
+        step, saved = incident.last_step or 0, max(incident.saved_step or 0, self.saved, 0)
+        text = f"step {saved} is saved, and the next run resumes there"
+        if saved < step:
+            text = f"step {saved} is saved, steps to {step} are lost" if saved else "nothing saved"
+        killed = [rank for rank, status in incident.statuses.items() if status == -signal.SIGKILL]
+        return f"{text}; had to kill rank {', '.join(killed)}" if killed else text
 
 
 def bug_of(error: str | None) -> str | None:
@@ -380,7 +386,7 @@ class FaultToleranceAgent(LocalElasticAgent):
             ranks = [worker.global_rank for worker in worker_group.workers]
             return RunResult(WorkerState.SUCCEEDED, dict.fromkeys(ranks))
         if result.state != WorkerState.HEALTHY:
-            self._decide(Outcome.FAILED, result.failures)
+            self._decide(Outcome.FAILED)
         return result
 
     def _end_with_all(self, result: RunResult) -> RunResult:
@@ -415,11 +421,15 @@ class FaultToleranceAgent(LocalElasticAgent):
         for number in (*ft_monitor.STOP_SIGNALS, *PASSED_ON_SIGNALS):
             signal.signal(number, signal.SIG_IGN)
         log, state = self._job.log, self._worker_group.state
-        if state == WorkerState.HEALTHY:
-            name = death_sig.name
-            log.warning("passing %s on to the ranks; they have %s s to end", name, timeout)
+        if state == WorkerState.HEALTHY and self._well is None:
+            signal.signal(signal.SIGINT, self._signal)  # Ctrl-C again: monitors kill at once
+            log.warning("%s: the ranks have %s s to save and end", death_sig.name, timeout)
+            began = time.monotonic()
             super()._shutdown(death_sig, timeout + STOP_MARGIN_SECONDS)
-            self._note(Outcome.STOPPED, name)
+            incident = self._note(Outcome.STOPPED, death_sig.name)
+            if incident:
+                text = self._job.policy.what_is_kept(incident)
+                log.warning("stopped within %.1f s: %s", time.monotonic() - began, text)
         else:
             super()._shutdown(None)  # type: ignore[arg-type]
             self._note(Outcome.ELSEWHERE if state == WorkerState.FAILED else None)
@@ -427,27 +437,13 @@ class FaultToleranceAgent(LocalElasticAgent):
         if len(incidents) > 1 or any(x.outcome == Outcome.FAILED for x in incidents):
             log.info("%s", ft_monitor.render_report(incidents))
 
-    def _reports(self, failures: Mapping[int, ProcessFailure]) -> list[Report]:
-        """Those of this attempt; without one, what torch knows of a rank that failed."""
-        reports = ft_monitor.read_reports(self._directory)
-        known = [report.rank for report in reports]
-        return reports + [
-            Report(rank, monitor_pid=x.pid, status=x.exitcode, ended=float(x.timestamp))
-            for rank, x in failures.items()
-            if rank not in known
-        ]
-
-    def _note(
-        self,
-        outcome: Outcome | None = None,
-        stopped_by: str = "",
-        failures: Mapping[int, ProcessFailure] | None = None,
-    ) -> Incident | None:
+    def _note(self, outcome: Outcome | None = None, stopped_by: str = "") -> Incident | None:
         """Write down how the attempt ended, once, and return it. By default, its reports tell."""
         if self._is_noted:
             return None
         self._is_noted = True
-        reports, workers = self._reports(failures or {}), self._worker_group.workers
+        reports = ft_monitor.read_reports(self._directory)
+        workers = self._worker_group.workers
         if sum(bool(report.pid and report.ended) for report in reports) < len(workers):
             # A monitor was killed. What its rank has left descends from us now, a subreaper, as
             # may what a wrapper has started before, which lacks the mark.
@@ -475,11 +471,9 @@ class FaultToleranceAgent(LocalElasticAgent):
             self._job.log.warning("cannot write down how the attempt ended: %s", error)
         return incident
 
-    def _decide(
-        self, outcome: Outcome, failures: Mapping[int, ProcessFailure] | None = None
-    ) -> None:
+    def _decide(self, outcome: Outcome) -> None:
         """At the end of an attempt: explain it, and end the job if a restart would lead nowhere."""
-        incident = self._note(outcome, failures=failures)
+        incident = self._note(outcome)
         if incident is None:
             return
         is_ours = incident.outcome != Outcome.ELSEWHERE
@@ -637,11 +631,14 @@ def adapt(args: argparse.Namespace, run_dir: Path) -> None:
 def check_tasks(nodes: int) -> None:
     """Each of several tasks on one node would start all ranks, as a training of its own."""
     local = os.environ.get("SLURM_LOCALID") or "0"
-    tasks = re.findall(r"(\d+)(?:\(x\d+\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE") or "")
-    if nodes == 1 and (local != "0" or {*tasks} - {"1"}):
+    tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE")
+    if not tasks and "SLURM_SUBMIT_DIR" not in os.environ:  # a batch script, whose tasks come later
+        tasks = os.environ.get("SLURM_NTASKS_PER_NODE")
+    counts = re.findall(r"(\d+)(?:\(x\d+\))?", tasks or "")
+    if nodes == 1 and (local != "0" or {*counts} - {"1"}):
         raise ConfigError(
             "srun starts several launchers on this node: give it --ntasks-per-node=1 (or, for a "
-            "training each, unset SLURM_LOCALID and SLURM_STEP_TASKS_PER_NODE)"
+            "training each, unset SLURM_LOCALID, SLURM_STEP_TASKS_PER_NODE, SLURM_NTASKS_PER_NODE)"
         )
 
 
@@ -670,6 +667,13 @@ def lock_flag(flag: str, rendezvous: str) -> None:
             f"another training, whose launcher is pid {pid}, has the same finished flag {flag}: "
             f"wait for its end, or set another {FLAG_VARIABLE}"
         )
+
+
+def quieten_torch() -> None:
+    """Of signals sent and workers failed, and of OMP_NUM_THREADS, our own lines tell enough."""
+    if "LOGLEVEL" not in os.environ:  # torch's own setting
+        for name in ("run", "elastic", "elastic.agent.server.api"):
+            logging.getLogger(f"torch.distributed.{name}").setLevel(logging.CRITICAL)
 
 
 def prepare_environment(job: Job) -> None:
@@ -737,6 +741,7 @@ def run(job: Job, launch: Any) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    quieten_torch()
     job, launch = parse_arguments(sys.argv[1:] if argv is None else argv)
     ignore_user_signals()
     ft_monitor.process_control(ft_monitor.PR_SET_CHILD_SUBREAPER, 1)  # see _note()

@@ -54,7 +54,8 @@ learned, unknown_timeout.
 How a rank is ended
     half of a clock passed            a warning and its stacks; nothing is ended
     a clock ran out                   stacks, termination signal to its processes, SIGKILL after 5 s
-    SIGTERM, SIGINT, SIGHUP, SIGQUIT  passed on to the rank; SIGKILL after the shutdown timeout
+    SIGTERM, SIGINT, SIGHUP, SIGQUIT  passed on to the rank; SIGKILL after the shutdown timeout,
+                                      or at a SIGINT on top
     SIGABRT (a peer failed), or the   stacks, SIGKILL; a checkpoint that is being saved may be
     launcher died                     finished, within workers_stop_timeout
     SIGUSR1, SIGUSR2                  passed on to the rank; nothing is ended
@@ -1473,6 +1474,8 @@ class RankMonitor:
         self.log.warning("%s %s; sent %s", self.who(), reason, number.name)
 
     def stop(self, number: int, now: float) -> None:
+        if self.ending is not None and number == signal.SIGINT:  # Ctrl-C again
+            self.ending.kill_at = now
         reason = f"stopped by {signal.Signals(number).name}"
         kill_at = now + self.grace
         self.begin(Ending(End.STOPPED, reason, number, kill_at, to_rank_alone=True), now)
