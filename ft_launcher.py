@@ -75,10 +75,18 @@ def ignore_user_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def end_early(number: int, frame: Any) -> None:
+    """Until torch's agent has its own handlers. Process 1 of a container would hear of nothing."""
+    os._exit(128 + number)
+
+
 if __name__ == "__main__":  # before torch, whose import takes seconds
     if ft_monitor.asks_to_look(sys.argv[1:]):
         sys.exit(ft_monitor.show(sys.argv[1:]))
     ignore_user_signals()
+    for early in ft_monitor.STOP_SIGNALS:
+        if signal.getsignal(early) != signal.SIG_IGN:  # as under nohup
+            signal.signal(early, end_early)
 
 import torch.distributed.run
 from torch.distributed.argparse_util import env
@@ -721,8 +729,6 @@ def run(job: Job, launch: Any) -> int:
         return EXIT_FAILED
     except GaveUp as error:
         return give_up(job, str(error))
-    except KeyboardInterrupt:  # before torch's agent has its handlers
-        return 128 + signal.SIGINT
     except SignalException as error:
         log.warning("ended by %s", error.sigval.name)
         return 128 + error.sigval

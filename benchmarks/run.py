@@ -130,8 +130,32 @@ def all_reduce(directory: Path) -> None:
     dist.destroy_process_group()
 
 
+def stop(directory: Path) -> None:
+    """Train with Lightning, a step every 20 ms and a checkpoint every 50 steps, until stopped."""
+    from lightning.pytorch import Callback, Trainer
+    from lightning.pytorch.callbacks import ModelCheckpoint
+    from lightning.pytorch.demos.boring_classes import BoringModel
+
+    from ft_callback import FaultToleranceCallback
+
+    class Pace(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *args: object) -> None:
+            time.sleep(0.02)
+            if trainer.is_global_zero:
+                (directory / "step").write_text(str(trainer.global_step))
+
+    callbacks = [Pace(), ModelCheckpoint(directory, save_last=True, every_n_train_steps=50)]
+    if "FT_MONITOR_FD" in os.environ:
+        callbacks.append(FaultToleranceCallback(autoresume=False, calculate_timeouts=True))
+    trainer = Trainer(
+        max_epochs=-1, logger=False, callbacks=callbacks, accelerator="cpu", devices=2,
+        strategy="ddp", enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(BoringModel())
+
+
 RANK_PROGRAMS: dict[str, Callable[[Path], None]] = {
-    "beat": beat, "train": train, "hang": hang, "all_reduce": all_reduce,
+    "beat": beat, "train": train, "hang": hang, "all_reduce": all_reduce, "stop": stop,
 }  # fmt: skip
 
 
@@ -218,6 +242,25 @@ def measure_restart(launcher: list[str], is_stuck: bool, samples: Samples) -> No
         samples[f"death to first step, {case}, s"].append(times[2] - times[1])
 
 
+def measure_stop(launcher: list[str], samples: Samples) -> None:
+    """SIGTERM to the launcher of a Lightning training: when all is gone, and what is lost."""
+    import torch
+
+    with tempfile.TemporaryDirectory() as name, open(f"{name}/log", "wb") as log:
+        directory = Path(name)
+        command = [*launcher, "--nproc-per-node=2", *program("stop", name)[2:]]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        job = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        step = directory / "step"
+        wait_for(lambda: step.exists() and int(step.read_text() or 0) > 130)
+        start = time.monotonic()
+        job.terminate()
+        job.wait(LIMIT)
+        samples["SIGTERM to gone, Lightning, s"].append(time.monotonic() - start)
+        saved = torch.load(directory / "last.ckpt", weights_only=False)["global_step"]
+        samples["steps lost by that"].append(int(step.read_text()) - saved)
+
+
 # --------------------------------------------------------------------------------------- output
 
 
@@ -266,6 +309,8 @@ def main() -> None:
         for is_stuck in (False, True):
             for name, launcher in launchers.items():
                 measure_restart(launcher, is_stuck, results[name])
+        for name, launcher in launchers.items():
+            measure_stop(launcher, results[name])
     import torch
 
     machine = f"{os.cpu_count()} cores, {platform.machine()}"

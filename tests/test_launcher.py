@@ -327,6 +327,37 @@ beat_for_ever()
     gone_within(2, tmp_path)
 
 
+CONTAINER = ("unshare", "--pid", "--fork", "--mount-proc")
+
+
+@pytest.mark.skipif(
+    subprocess.run([*CONTAINER, "true"], capture_output=True).returncode != 0,
+    reason="no PID namespaces for this user",
+)
+@pytest.mark.parametrize("when", ["at once", "in training"])
+def test_process_1_of_a_container_ends_when_it_is_told_to(
+    launch: Launch, tmp_path: Path, when: str
+) -> None:
+    """The kernel drops signals that it has no handler for."""
+    body = """
+signal.signal(signal.SIGTERM, lambda *_: (client.report_saved(2), sys.exit(0)))
+client.init_workload_monitoring()
+ready()
+beat_for_ever()
+"""
+    job = launch([], body, before=CONTAINER)
+    children = Path(f"/proc/{job.pid}/task/{job.pid}/children")
+    [launcher] = wait_until(lambda: children.read_text().split())
+    if when == "in training":
+        wait_for_ranks(tmp_path, 1)
+    else:
+        wait_until(lambda: int(ft_monitor.process_status(int(launcher), "SigCgt"), 16) >> 14 & 1)
+    os.kill(int(launcher), signal.SIGTERM)
+    assert job.wait(10) == 128 + signal.SIGTERM, job.output
+    is_saved = "step 2 is saved, and the next run resumes there" in job.output
+    assert is_saved == (when == "in training"), job.output
+
+
 def test_a_killed_launcher_leaves_nothing_running(launch: Launch, tmp_path: Path) -> None:
     body = """
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -659,6 +690,7 @@ def test_wrong_usage_is_one_clear_line_and_starts_and_leaves_nothing(
         ({"SLURM_LOCALID": "1"}, "give it --ntasks-per-node=1"),
         ({"SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "2(x3)"}, "--ntasks-per-node=1"),
         ({"SLURM_STEP_TASKS_PER_NODE": "1(x3),4"}, "--ntasks-per-node=1"),
+        ({"SLURM_LOCALID": "0", "SLURM_NTASKS_PER_NODE": "2"}, "--ntasks-per-node=1"),
     ],
 )
 def test_a_wrong_variable_is_one_clear_line_too(
@@ -680,6 +712,8 @@ def test_one_task_on_each_node_is_right_and_so_are_several_that_meet(
 ) -> None:
     monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "8")  # of a job script that uses no srun
     monkeypatch.setenv("SLURM_LOCALID", "0")
+    monkeypatch.setenv("SLURM_SUBMIT_DIR", "/")
+    ft_launcher.check_tasks(1)
     monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "1(x4)")
     ft_launcher.check_tasks(1)
     monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "2(x4)")
