@@ -109,7 +109,7 @@ STOP_MARGIN_SECONDS = 20  # that a monitor may take after its rank's grace: SIGK
 OVER = "ft_over"  # the job is, and why; empty where restarts are used up
 FAILED = "ft_failed"  # ranks have, and nodes not just joined: this attempt counts
 LEFT = "ft_left"  # a node has, the others start again without it
-DONE = "ft_done"  # with a node's number: its ranks have ended well
+DONE = "ft_done"  # with a node's number: its ranks have ended well, or as they were told to
 RENAMED = {  # NVIDIA's flags
     "--fault-tol-cfg-path": "--ft-cfg-path",
     "--term-timeout": "--shutdown-timeout",
@@ -160,9 +160,11 @@ class RestartPolicy:
     def what_is_kept(self, incident: Incident) -> str:
         """Of an attempt that was told to stop."""
         step, saved = incident.last_step or 0, max(incident.saved_step or 0, self.saved, 0)
-        text = f"step {saved} is saved, and the next run resumes there"
         if saved < step:
             text = f"step {saved} is saved, steps to {step} are lost" if saved else "nothing saved"
+        else:
+            text = f"step {saved} is saved, and the next run resumes there"
+        text = text if step or saved else "no step was made"
         killed = [rank for rank, status in incident.statuses.items() if status == -signal.SIGKILL]
         return f"{text}; had to kill rank {', '.join(killed)}" if killed else text
 
@@ -412,9 +414,10 @@ class FaultToleranceAgent(LocalElasticAgent):
             self._tell(f"{DONE}{group.group_rank}")
         is_over = is_complete or time.monotonic() > self._wait_until
         names = [f"{DONE}{number}" for number in range(group.group_world_size or 1)]
-        if is_over or self._told(*names) is not None:
+        if self._told(*names) is not None:
+            self._exit_barrier_timeout = HEAR_SECONDS  # torch's: one that was stopped stays away
             return result
-        return RunResult(WorkerState.HEALTHY)
+        return result if is_over else RunResult(WorkerState.HEALTHY)
 
     def _stop_workers(self, worker_group: WorkerGroup, *args: Any, **kwargs: Any) -> None:
         """Called before a restart, also where ranks are well, and another node's are not."""
@@ -434,6 +437,7 @@ class FaultToleranceAgent(LocalElasticAgent):
             log.warning("%s: the ranks have %s s to save and end", death_sig.name, timeout)
             began = time.monotonic()
             super()._shutdown(death_sig, timeout + STOP_MARGIN_SECONDS)
+            self._tell(f"{DONE}{self._worker_group.group_rank}")
             incident = self._note(Outcome.STOPPED, death_sig.name)
             if incident:
                 text = self._job.policy.what_is_kept(incident)

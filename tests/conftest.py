@@ -25,6 +25,14 @@ for ignored in (signal.SIGQUIT, signal.SIGHUP):
 from ft_monitor import Report  # noqa: E402  after the path
 
 PYTHON = (sys.executable, "-I", "-S")  # starts in 20 ms
+SLOW = {"launch", "slurm", "run", "train"}  # fixtures that start launchers, trainings or SLURM
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """pytest -m "not slow" takes less than two minutes."""
+    for item in items:
+        if SLOW & set(getattr(item, "fixturenames", ())):
+            item.add_marker("slow")
 
 
 def wait_until(condition: Callable[[], Any], limit: float = 60.0, what: str = "") -> Any:

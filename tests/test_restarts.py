@@ -782,6 +782,28 @@ if ATTEMPT == 1:
     assert "attempt 0 ended" in second.output and (tmp_path / "finished").exists()
 
 
+def test_a_node_does_not_wait_for_one_that_was_told_to_stop(
+    two_nodes: Nodes, tmp_path: Path
+) -> None:
+    body = (
+        REQUEST
+        + """
+signal.signal(signal.SIGTERM, lambda *_: (HERE / "stop").touch())
+ready()
+while not (HERE / "stop").exists():  # which all ranks agree on
+    client.send_heartbeat(2)
+    time.sleep(0.05)
+client.report_saved(2)
+"""
+    )
+    first, second = two_nodes("", body, "2")
+    wait_for_ranks(tmp_path, 2)
+    os.kill(second.pid, signal.SIGTERM)
+    assert second.wait(20) == 128 + signal.SIGTERM, second.output
+    assert "step 2 is saved, and the next run resumes there" in second.output
+    assert first.wait(20) == 0, first.output
+
+
 # The rank on node a goes on, and never notices that the one on node b fails.
 UNAWARE = (
     REQUEST
