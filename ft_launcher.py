@@ -137,21 +137,18 @@ class RestartPolicy:
         """
         saved = -1 if incident.saved_step is None else incident.saved_step
         step = -1 if incident.last_step is None else incident.last_step
-        is_further = step > self.step or saved > self.saved
-        # A loop that never reports a checkpoint shows by its steps that it resumes.
-        resumes = step > self.step >= 0 > self.saved
-        error = bug_of(incident.error)
-        is_bug = error is not None and error == self.error and not is_further
-        # Of a loop that tells of neither, nothing is known; --max-restarts counts its attempts.
+        has_saved, is_further = saved > self.saved, step > self.step
+        # A loop that never reports a checkpoint shows by its steps that it resumes. Of one that
+        # tells of neither, nothing is known; --max-restarts counts its attempts.
+        is_going = has_saved or (is_further and self.step >= 0 > self.saved)
         is_known = max(step, saved, self.step, self.saved) >= 0
-        is_stuck = is_known and not (resumes or saved > self.saved)
-        self.no_progress = self.no_progress + 1 if is_stuck else 0
-        self.saved, self.step = max(saved, self.saved), max(step, self.step)
-        self.error = error
+        self.no_progress = self.no_progress + 1 if is_known and not is_going else 0
+        error, before = bug_of(incident.error), self.error
+        self.saved, self.step, self.error = max(saved, self.saved), max(step, self.step), error
         shutdown = requested(incident, WorkloadAction.ShutdownWorkload)
         if shutdown:
             return shutdown
-        if is_bug:
+        if error is not None and error == before and not (has_saved or is_further):
             return f"a bug in the code, no new step and the same error again: {incident.error}"
         if knows_saves and not incident.requests and 0 < self.max_no_progress <= self.no_progress:
             return f"no progress, {self.no_progress} attempts in a row saved no new checkpoint"
@@ -238,10 +235,8 @@ class Job:
 
 
 class FaultToleranceAgent(LocalElasticAgent):
-    """torch's agent for the workers of this node, with a monitor between it and every worker.
-
-    A worker, for torch, is a monitor: it ends after its rank, with its exit code or signal.
-    """
+    """torch's agent for this node's workers, which are monitors: each ends after its rank, with its
+    exit code or signal."""
 
     def __init__(self, job: Job, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -288,7 +283,7 @@ class FaultToleranceAgent(LocalElasticAgent):
 
     def _count_waiting(self, count: Callable[[], int]) -> int:
         """The nodes that torch is to restart workers for: those that wait and find room, or have
-        left. What runs here may wait for them, or for those of a node that has ended the job."""
+        left."""
         if time.monotonic() < self._listened + LISTEN_SECONDS:
             return 0
         self._listened = time.monotonic()
@@ -378,8 +373,8 @@ class FaultToleranceAgent(LocalElasticAgent):
             ft_monitor.send(pid, number)
 
     def _close(self, close: Any, number: signal.Signals | None = None, timeout: int = 30) -> None:
-        """End the ranks. torch names no signal when a rank has failed: the others are killed then,
-        as they can only wait for it, where torch would wait 30 s for them to end."""
+        """End the ranks. torch names no signal when one has failed: the others, which can only wait
+        for it, are killed then, where torch would give them 30 s."""
         if number is None:
             number = ft_monitor.PEER_FAILED
             timeout = int(self._job.config.workers_stop_timeout) + STOP_MARGIN_SECONDS
@@ -555,10 +550,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def spell(argv: Sequence[str], parser: argparse.ArgumentParser) -> tuple[list[str], list[str]]:
-    """The command line with the options before the script spelt as ours, with dashes.
-
-    Also those options of NVIDIA's that have no meaning here, which are left out.
-    """
+    """The command line with its options spelt as ours; and what of NVIDIA's has no meaning here."""
     known = parser._option_string_actions
     spelt: list[str] = []
     ignored: list[str] = []
@@ -582,7 +574,7 @@ def spell(argv: Sequence[str], parser: argparse.ArgumentParser) -> tuple[list[st
 def parse_arguments(argv: Sequence[str]) -> tuple[Job, Any]:
     """The job, and what torch makes of its options: configuration, entry point, arguments.
 
-    What can be wrong with the command line ends here, in one line and exit code 2.
+    Ends with exit code 2, and one line, for a command line that is wrong.
     """
     parser = get_args_parser()
     words, ignored = spell(argv, parser)
@@ -625,7 +617,7 @@ def check_script(args: argparse.Namespace) -> None:
 
 
 def adapt(args: argparse.Namespace, run_dir: Path) -> None:
-    """Change torchrun's options where its ways would be in ours."""
+    """Change torchrun's options where they would be in our way."""
     _, nodes = torch.distributed.run.parse_min_max_nnodes(args.nnodes)
     # The static rendezvous keeps its store, where new ranks read the addresses of dead ones.
     if args.standalone or (args.rdzv_backend == "static" and nodes == 1):
@@ -656,9 +648,7 @@ def check_tasks(nodes: int) -> None:
 
 def lock_flag(flag: str, rendezvous: str) -> None:
     """Let no other training on this host have this finished flag, as long as this process lives.
-
-    Launchers of one rendezvous share the lock.
-    """
+    Launchers of one rendezvous share it."""
     name = hashlib.sha256(os.fsencode(flag)).hexdigest()[:16]
     directory = Path(ft_monitor.default_run_dir())
     try:
