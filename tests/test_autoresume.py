@@ -8,6 +8,7 @@ import pty
 import re
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -55,18 +56,17 @@ def test_it_runs_until_the_flag_exists(run: Callable[..., Started], directory: P
     assert job.wait() == 0
     assert starts(directory) == 3
     assert f"training is complete: {directory}/ft_finished.flag (max_steps=3 reached)" in job.output
-    lines = [
-        json.loads(line) for line in (directory / "ft_finished.flag.runs").read_text().splitlines()
+    lines = (directory / "ft_finished.flag.runs").read_text().splitlines()
+    assert [line.split(" step ")[1].split(" next ")[0] for line in lines] == [
+        "- failures 1",
+        "1 failures 0",
+        "1 failures 1",
+        "2 failures 0",
+        "2 failures 1",
+        "3 failures 0",
+        "3 failures 0",
     ]
-    assert [line["result"] for line in lines] == [
-        "running",
-        "unfinished",
-        "running",
-        "unfinished",
-        "running",
-        "complete",
-    ]
-    assert [line["step"] for line in lines] == ["", "1", "1", "2", "2", "3"]
+    assert lines[2].endswith(": run 2 starts") and ": training is complete: " in lines[-1]
 
 
 def test_a_flag_at_the_start_runs_nothing(run: Callable[..., Started], directory: Path) -> None:
@@ -97,9 +97,9 @@ def test_runs_without_progress_end_it_at_the_limit(
 def make_every_run_a_long_one(directory: Path) -> Path:
     """A copy of the script to which no run is too short to be taken for progress."""
     text = Path(AUTORESUME).read_text()
-    assert text.count("SECONDS >= 60") == 1
+    assert text.count("SECONDS < 60") == 1
     script = directory / "autoresume.sh"
-    script.write_text(text.replace("SECONDS >= 60", "SECONDS >= 0"))
+    script.write_text(text.replace("SECONDS < 60", "SECONDS < 0"))
     script.chmod(0o755)
     return script
 
@@ -156,7 +156,7 @@ def test_a_stop_signal_reaches_the_command_which_is_waited_for(
     assert job.wait() == 128 + number
     assert starts(directory) == 1
     assert re.search(
-        rf"got SIG{name}: passing it on.*ENDS.*run 1 ended.*stopped by SIG{name}",
+        rf"got SIG{name}\n.*ENDS.*run 1 ended.*stopped\n$",
         job.output,
         re.DOTALL,
     )
@@ -206,7 +206,7 @@ def test_a_stop_signal_at_any_moment_ends_it(start: Start, directory: Path, name
         os.kill(job.pid, number)
         assert job.wait(10) == 128 + number, job.output
         assert job.output.count("got SIG") == 1, job.output
-        assert job.output.endswith(f"stopped by SIG{name}\n"), job.output
+        assert job.output.endswith("] stopped\n"), job.output
 
 
 def test_a_command_without_an_interpreter_line_hears_signals_and_costs_no_time(
@@ -247,19 +247,6 @@ def test_a_file_system_without_locks_is_said_once_and_ends_nothing(
     job = run("save $n; [ $n -lt 2 ] || finish", PATH=f"{flock.parent}:{os.environ['PATH']}")
     assert job.wait() == 0
     assert job.output.count("Function not implemented") == 1
-
-
-def test_the_notes_are_json_whatever_is_in_them(
-    run: Callable[..., Started], directory: Path
-) -> None:
-    odd = directory / 'a "flag"\\ of\ttwo\nlines é'
-    odd.mkdir()
-    (directory / "step").write_text('{"step": "a\\\\n\tb\\"c"}')
-    (directory / "reason").write_text('{"reason": "a\tb\x01 \\\\ \\"c \\u0041"}')
-    assert run('cp step "$f.progress"; cp reason "$f"', "--flag", str(odd / "done")).wait() == 0
-    lines = (odd / "done.runs").read_text().splitlines()
-    assert [json.loads(line)["result"] for line in lines] == ["running", "complete"]
-    assert "ab" in json.loads(lines[1])["reason"]
 
 
 HEARS = """
@@ -375,10 +362,8 @@ def test_a_reason_is_shown_whole(run: Callable[..., Started], directory: Path) -
     job = run('cp reason "$f.gave_up"; exit 93')
     assert job.wait() == 93
     assert f"gave up: {json.dumps(reason)[1:-1]}\n" in job.output
-    lines = [
-        json.loads(line) for line in (directory / "ft_finished.flag.runs").read_text().splitlines()
-    ]
-    assert lines[-1]["reason"] == f"gave up: {reason}".replace('"', "")
+    notes = (directory / "ft_finished.flag.runs").read_text()
+    assert notes.endswith(f": gave up: {json.dumps(reason)[1:-1]}\n")
 
 
 def test_a_signal_as_the_command_ends_does_not_change_its_exit_code(
@@ -432,10 +417,10 @@ def test_there_is_never_a_second_run_while_the_first_one_lives(
     first.wait_for_output("UP")
     second = run("finish")
     second.wait_for_output("waiting for another run")
-    assert f"pid {first.pid} (bash {AUTORESUME} -- bash -c)" in second.output
+    lock = directory / "ft_finished.flag.lock"
+    assert f"{lock}: pid {first.pid} on {socket.gethostname()}, or what it started" in second.output
     third = run("finish")
     third.wait_for_output("waiting for another run")
-    assert f"pid {second.pid} " not in third.output
     assert starts(directory) == 1
     os.kill(first.pid, signal.SIGKILL)  # the command goes on, and with it the lock
     first.wait()
@@ -535,7 +520,7 @@ def test_help_is_the_head_of_the_script(directory: Path) -> None:
     done = subprocess.run([AUTORESUME, "--help"], capture_output=True, text=True)
     assert done.returncode == 0
     assert "--max-failures N" in done.stdout and "set -u" not in done.stdout
-    assert done.stdout.rstrip().endswith("saves in time.")
+    assert done.stdout.rstrip().endswith("so that signals arrive here.")
 
 
 def run_at_a_terminal(directory: Path, script: str) -> tuple[int, int]:
@@ -572,8 +557,8 @@ def test_ctrl_c_at_a_terminal_stops_the_command_and_the_loop(directory: Path) ->
     )
     seen = read_until(terminal, b"UP")
     os.write(terminal, b"\x03")
-    seen += read_until(terminal, b"stopped by SIGINT")
-    assert end_of(pid, b"stopped by SIGINT" in seen) == 128 + signal.SIGINT
+    seen += read_until(terminal, b"] stopped")
+    assert end_of(pid, b"] stopped" in seen) == 128 + signal.SIGINT
     assert b"ENDS" in seen and b"run 2" not in seen
 
 
