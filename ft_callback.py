@@ -6,20 +6,21 @@
 Tells the rank's monitor of steps, by heartbeats, and of all that may be slow, by sections. Works
 with `lightning` and `pytorch_lightning`, in `fit` alone. A step, here, is a trained batch.
 
-    hook                what it does; the section from there to the next
+    hook                what it does; the section until the next hook
     setup               connects; "setup", or "resume" where a checkpoint had been saved
-    on_train_start      all ranks must start at the same step; "first_batch", which may compile
+    on_train_start      ranks must start at one step, and restarts resume; "first_batch"
     on_train_batch_end  heartbeat; stops if asked; none, or "epoch_turn" after an epoch's last batch
-    on_validation_*     "validation", entered again with each batch
+    on_validation_*     stops if asked; "validation", entered again with each batch
     state_dict          "checkpointing", or "awaiting_checkpoint" on ranks that do not write
-    on_train_end        "finishing", which waits for asynchronous checkpoints
+    on_save_checkpoint  lets a validation that is stopped be repeated
+    on_train_end        stops if asked; "finishing", which waits for asynchronous checkpoints
     on_fit_end          tells if training is complete: the monitor creates the finished flag, with
                         reason, step, epoch and time, when the script ends well
     teardown            "after_training", entered again with each test batch
     on_exception        tells of the exception; "after_training"
 
-FLAG.stop, SIGTERM and SIGUSR1 mean the same: save a checkpoint after a step and end the script
-there, with exit code 0; the next run resumes there.
+FLAG.stop, SIGTERM, SIGUSR1 and Ctrl-C mean the same: save a checkpoint after a step and end the
+script there, with exit code 0; the next run resumes there. Before and after `fit`, they end it.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import random
 import re
 import signal
@@ -52,10 +54,13 @@ from ft_monitor import (
     BROKEN,
     CHECKPOINTING,
     FLAG_VARIABLE,
+    GRACE_SECONDS,
+    SAVE_SIGNALS,
     RankMonitorClient,
     RankMonitorClientError,
     WorkloadControlRequest,
     progress_files,
+    within,
 )
 
 
@@ -77,8 +82,11 @@ else:
 SETUP, RESUME, FIRST_BATCH = "setup", "resume", "first_batch"
 EPOCH_TURN, VALIDATION = "epoch_turn", "validation"
 AWAITING, FINISHING = "awaiting_checkpoint", "finishing"
+TUNERS = "LearningRateFinder.on_fit_start", "BatchSizeFinder.on_fit_start"
+KEEP_LAST = "give ModelCheckpoint(save_last=True)"
+OVERWRITE = 'give LightningCLI(save_config_kwargs={"overwrite": True})'
 FAULT_SIGNALS = {"rank_killed": signal.SIGKILL, "rank_hung": signal.SIGSTOP}
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+LOOK_SECONDS = 0.5  # for a file system to tell if there is a file
 STOP_CHECK_SECONDS, STOP_CHECK_BATCHES = 2.0, 100  # at most, between looks for a request to stop
 STEPLESS_BATCHES = 20  # before a warning that no optimizer steps
 UNFINISHED = ".ft_unfinished"  # ends the name of a checkpoint that is being written
@@ -209,19 +217,26 @@ def newest_resumable(last: Path) -> Path | None:
     return max(good, key=lambda path: path.stat().st_mtime, default=None)
 
 
-def last_path(trainer: pl.Trainer, is_kept: bool = False) -> str | None:
-    """Where ckpt_path="last" looks; None without a ModelCheckpoint, or one with save_last."""
-    keepers: list[Any] = [k for k in trainer.checkpoint_callbacks if hasattr(k, "save_last")]
-    for keeper in [k for k in keepers if k.save_last] or keepers[: not is_kept]:
-        metrics = dict(trainer.callback_metrics)
-        name = keeper.format_checkpoint_name(metrics, keeper.CHECKPOINT_NAME_LAST)
-        return keeper.last_model_path or name
-    return None
+def model_checkpoints(trainer: pl.Trainer) -> list[Any]:
+    return [keeper for keeper in trainer.checkpoint_callbacks if hasattr(keeper, "every_n_epochs")]
 
 
-def restore_last(path: str | None) -> Path | None:
+def last_keeper(trainer: pl.Trainer, is_kept: bool = False) -> Any:
+    """Whose last checkpoint ckpt_path="last" loads; None without any, or with save_last."""
+    keepers = model_checkpoints(trainer)
+    return next(iter([k for k in keepers if k.save_last] or keepers[: not is_kept]), None)
+
+
+def last_path(trainer: pl.Trainer, keeper: Any) -> str:
+    name = keeper.format_checkpoint_name(
+        dict(trainer.callback_metrics), keeper.CHECKPOINT_NAME_LAST
+    )
+    return keeper.last_model_path or name
+
+
+def restore_last(path: str) -> Path | None:
     """Link the newest complete checkpoint to `path` if a kill between two links has left none."""
-    if path is None or "://" in path or os.path.exists(path):
+    if "://" in path or os.path.exists(path):
         return None
     newest = newest_resumable(Path(path))
     if newest is not None:
@@ -230,17 +245,48 @@ def restore_last(path: str | None) -> Path | None:
     return newest
 
 
-def why_not_resumed(trainer: pl.Trainer, checkpoint: str) -> str:
-    """Why `checkpoint` was not loaded, and the line to change."""
+def given_to_fit(trainer: pl.Trainer) -> dict[str, Any]:
+    """Arguments of trainer.fit, which keeps them nowhere: from the stack."""
+    given, frame = {}, sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_locals.get("self") is trainer:
+            given = {name: frame.f_locals.get(name) for name in ("ckpt_path", "weights_only")}
+    return given
+
+
+def obstacles(trainer: pl.Trainer, given: Mapping[str, Any]) -> Iterator[str]:
+    """What will keep restarts from resuming, and the line to change. On all ranks."""
+    keepers = [keeper for keeper in model_checkpoints(trainer) if keeper.save_last]
+    if not keepers and given.get("ckpt_path") == "last":
+        yield f"no last checkpoint is kept: {KEEP_LAST}"
+    if any(keeper.save_weights_only for keeper in keepers):
+        yield "the last checkpoint has weights only: give ModelCheckpoint(save_weights_only=False)"
+    # At an epoch's end, Lightning writes the last one only with another.
+    choosy = [k for k in keepers if k.save_top_k == 0 or (k.monitor and k.save_top_k > 0)]
+    if keepers and all(keeper in choosy and keeper.every_n_epochs for keeper in keepers):
+        yield f"the last checkpoint is seldom written: {KEEP_LAST} without monitor"
+    for callback in getattr(trainer, "callbacks", []):
+        kind = type(callback)
+        if is_lightnings(kind.on_fit_start, *TUNERS):
+            yield f"{kind.__name__} would run again, and training start at step 0: use Tuner"
+        if is_lightnings(kind.setup, "SaveConfigCallback.setup") and not callback.overwrite:
+            is_new = re.fullmatch(r"version_\d+", os.path.basename(trainer.log_dir or ""))
+            if callback.save_to_log_dir and not is_new:
+                yield f"{callback.config_filename} would exist already: {OVERWRITE}"
+
+
+def why_not_resumed(trainer: pl.Trainer, checkpoint: str, given: Mapping[str, Any]) -> str:
+    """Why `checkpoint` was not loaded, and the line to change; else what is known."""
     if "://" not in checkpoint and not os.path.exists(checkpoint):
         return "that file is not there any more"
-    keepers: list[Any] = trainer.checkpoint_callbacks
-    paths = [str(k.dirpath) for k in keepers if getattr(k, "dirpath", None)]
+    paths = [str(keeper.dirpath) for keeper in model_checkpoints(trainer)]
     if os.path.dirname(checkpoint) not in [*paths, *map(os.path.realpath, paths)]:
         return f"this run looks in {paths}: give ModelCheckpoint one dirpath for all runs"
-    if last_path(trainer, is_kept=True) is None:
-        return "no last checkpoint is kept: give ModelCheckpoint(save_last=True)"
-    return 'none was asked for: does the script call trainer.fit(..., ckpt_path="last")?'
+    if last_keeper(trainer, is_kept=True) is None:
+        return f"no last checkpoint is kept: {KEEP_LAST}"
+    loaded = trainer.ckpt_path or "nothing"
+    return f'trainer.fit(ckpt_path={given.get("ckpt_path")!r}) loaded {loaded}: give it "last"'
 
 
 # ----------------------------------------------------------------------------- simulated faults
@@ -318,16 +364,26 @@ class FaultToleranceCallback(pl.Callback):
         self._client.shutdown_workload_monitoring()  # of a fit before this one
         state_file = self._state_file(trainer)
         self._client.init_workload_monitoring(None, self.calculate_timeouts, state_file)
-        self._fit = Fit()
+        self._fit = Fit(given_to_fit(trainer))
+        self._client.protect_workers()
         self._be_in(RESUME if os.path.exists(progress_files()[-1]) else SETUP)
         self._check_set_up(trainer)
         self._put_checkpoint_io(trainer)
         if self.fault is not None:
             self.fault.schedule(trainer, self.logger)
 
+    def on_sanity_check_start(self, *args: Any, **kwargs: Any) -> None:
+        """End at once, with nothing to save: Lightning's handler would wait for other ranks."""
+        self._fit.give_signals_back(self._client)
+
+    on_test_start = on_predict_start = on_sanity_check_start
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._check_start(trainer)
-        self._fit.catch_signals()
+        self._fit.give_signals_back(self._client)
+        self._client.catch_signals()
+        self._fit.is_training = True
+        self._fit.ask_soon()
         for stopping in trainer.early_stopping_callbacks:
             stopping.stopping_reason_message = None  # of an earlier run
         FaultToleranceCallback.has_trained = True
@@ -338,7 +394,12 @@ class FaultToleranceCallback(pl.Callback):
         if self._within is not None:  # for which there was no hook at its end
             self._be_in(self._phase)
 
-    on_train_epoch_start = on_train_epoch_end = on_sanity_check_end = on_train_batch_start
+    on_train_epoch_end = on_sanity_check_end = on_train_batch_start
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.on_train_batch_start()
+        if self._fit.is_stopping:
+            self._stop_if_asked(trainer)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         fit = self._fit
@@ -351,14 +412,44 @@ class FaultToleranceCallback(pl.Callback):
         is_due = fit.batches == STEPLESS_BATCHES * trainer.accumulate_grad_batches
         if is_due and trainer.global_step == 0 and trainer.is_global_zero:
             self.logger.warning("no optimizer steps, as global_step says: no ModelCheckpoint saves")
-        if fit.batches >= fit.next_check:
+        if fit.is_due():
+            # Resuming would skip the validation or epoch's end that comes next.
+            batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+            is_next = batches % (trainer.val_check_batch or math.inf) == 0 or trainer.is_last_batch
+            self._stop_if_asked(trainer, is_apt=not is_next)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._be_in(self._phase, VALIDATION)
+        if self._fit.is_training:
+            trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.reset()  # as saved by a stop
+            # Ranks that validate unequal numbers of batches ask at none of them.
+            batches = sum(trainer.num_val_batches)
+            is_same = trainer.strategy.broadcast(batches) == batches < math.inf
+            self._fit.ask_soon()
+            self._stop_if_asked(trainer, is_same=is_same)
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        self._be_in(self._phase, VALIDATION)
+        if self._fit.is_due():
             self._stop_if_asked(trainer)
 
-    def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # A checkpoint may follow, which not all ranks write: they wait in this section.
         self._be_in(self._phase, VALIDATION)
+        self._fit.ask_soon()
 
-    # A checkpoint may follow, which not all ranks write: they wait in this section.
-    on_validation_start = on_validation_end = on_validation_batch_end
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        if not self._fit.is_stopping:
+            return
+        loop = checkpoint["loops"]["fit_loop"]
+        validation, epoch = loop["epoch_loop.val_loop.batch_progress"], loop["epoch_progress"]
+        if trainer.validating:  # as in its first batch: Lightning would skip the rest
+            validation["current"] = dict.fromkeys(validation["current"], 0)
+            validation["total"] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+        if epoch["current"]["ready"] > epoch["current"]["started"]:  # as at the end of the last
+            for progress in (epoch["current"], epoch["total"]):
+                progress["ready"] -= 1
+                progress["completed"] -= 1
 
     def on_test_batch_end(self, *args: Any, **kwargs: Any) -> None:
         self._be_in(self._phase)
@@ -372,6 +463,8 @@ class FaultToleranceCallback(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._be_in(FINISHING)
+        self._stop_if_asked(trainer)
+        self._fit.is_training = False
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Not called after an exception, or for a tuner alone."""
@@ -392,7 +485,6 @@ class FaultToleranceCallback(pl.Callback):
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """In the place of teardown; also called before setup and outside of fit."""
-        self._be_in(AFTER_TRAINING)  # the script may handle it, and go on
         if type(exception) is SystemExit and not exception.code:  # a clean stop
             atexit.register(destroy_gloo)
         elif self._client.is_initialized:
@@ -403,6 +495,7 @@ class FaultToleranceCallback(pl.Callback):
                     self._client.send_workload_control_request(request)
             except Exception:  # of a user's own code, which must not hide the error
                 self.logger.exception("exc_handling_policy failed")
+        self._be_in(AFTER_TRAINING)  # the script may handle it, and go on
 
     def _be_in(self, phase: str | None, within: str | None = None) -> None:
         """Be in this section or one within it, and in no other; if already in it, again."""
@@ -438,11 +531,6 @@ class FaultToleranceCallback(pl.Callback):
                 f"autoresume=True: got {FLAG_VARIABLE}={flag}, expected a path in a directory that "
                 "exists: export it, or start the job by ./autoresume.sh"
             )
-        if config.rank_out_of_section_timeout is not None:
-            raise RuntimeError(
-                "rank_out_of_section_timeout would end any training: remove it, and set "
-                "rank_heartbeat_timeout"
-            )
         if not (config.is_watching() or self.calculate_timeouts):
             raise RuntimeError(
                 "no timeout is set, so no hang would be noticed: give calculate_timeouts=True, or "
@@ -476,8 +564,23 @@ class FaultToleranceCallback(pl.Callback):
             step = progress["total"]["processed"]
             if step > 0 and "optimizer_states" in checkpoint:
                 self._client.report_saved(step, where)
+                self._try_to_load(where)
         except (KeyError, RankMonitorClientError):
             pass  # not of a Trainer, or not connected any more
+
+    def _try_to_load(self, path: str) -> None:
+        """Once, and as a restart will, but without reading tensors."""
+        if not self._fit.may_try or not os.path.isfile(path):
+            return
+        self._fit.may_try, weights_only = False, self._fit.given.get("weights_only")
+        try:
+            torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+        except Exception as error:  # whatever a restart would end with
+            text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())
+            if isinstance(error, pickle.UnpicklingError):
+                text = f"give trainer.fit(..., weights_only=False): {text}"
+            message = "*** NO RESTART CAN LOAD %s ***\n*** %s: %s"
+            self.logger.warning(message, path, type(error).__name__, text)
 
     def _check_start(self, trainer: pl.Trainer) -> None:
         """Nothing costs more than training again from the start, or apart."""
@@ -488,53 +591,75 @@ class FaultToleranceCallback(pl.Callback):
                 f"rank {trainer.global_rank} starts at step {step}, rank 0 at {first}: give "
                 "ModelCheckpoint(dirpath=...) a directory that all nodes share"
             )
-        if step > 0 or not trainer.is_global_zero or self.has_trained:
+        if self.has_trained:
+            return
+        found, self._fit.may_try = list(obstacles(trainer, self._fit.given)), trainer.is_global_zero
+        if found and trainer.is_global_zero:
+            self.logger.warning("*** A RESTART WILL NOT RESUME ***\n*** %s", "\n*** ".join(found))
+        if step > 0 or not trainer.is_global_zero:
             return
         try:
             noted = json.loads(Path(progress_files()[-1]).read_text(encoding="utf-8"))
             step, checkpoint = int(noted["step"]), str(noted["checkpoint"])
         except (OSError, *BROKEN):
             return
-        path = last_path(trainer, is_kept=True)
-        newest = restore_last(path)
+        keeper = last_keeper(trainer, is_kept=True)
+        path = last_path(trainer, keeper) if keeper else ""
+        newest = restore_last(path) if keeper else None
         if newest is not None:
             raise RuntimeError(f"{path} was missing: linked {newest}, for a restart to resume")
         self.logger.warning(
             "*** TRAINING STARTS AT STEP 0 ALTHOUGH STEP %d WAS SAVED ***\n*** in %s\n*** %s",
-            step, checkpoint, why_not_resumed(trainer, checkpoint),
+            step, checkpoint, why_not_resumed(trainer, checkpoint, self._fit.given),
         )  # fmt: skip
 
-    def _stop_if_asked(self, trainer: pl.Trainer) -> None:
-        """All ranks stop at the same batch, so they ask each other at batches on which they agree,
-        but not amid accumulated gradients, which would be lost."""
-        fit, strategy = self._fit, trainer.strategy
-        current = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        if current % trainer.accumulate_grad_batches and not trainer.is_last_batch:
-            return
-        flag = os.environ.get(FLAG_VARIABLE)
-        if flag and trainer.is_global_zero and os.path.exists(f"{flag}.stop"):
-            fit.asked_by = f"{flag}.stop"
-        now = time.monotonic()
-        rate = fit.stride / (now - fit.checked_at + 1e-3)
-        stride = min(int(rate * STOP_CHECK_SECONDS), STOP_CHECK_BATCHES)
-        answer = torch.tensor([fit.asked_by is not None, stride], device=strategy.root_device)
-        asking, strides = strategy.reduce(answer, reduce_op="sum").tolist()
-        fit.checked_at, fit.stride = now, 1 + strides // trainer.world_size
-        fit.next_check = fit.batches + fit.stride
-        if asking:
-            self._stop(trainer)
+    def _stop_if_asked(
+        self, trainer: pl.Trainer, is_apt: bool = True, is_same: bool = True
+    ) -> None:
+        """All ranks ask each other and stop together: at an apt batch, not amid accumulated
+        gradients, unless the grace is running out."""
+        fit, strategy, now = self._fit, trainer.strategy, time.monotonic()
+        by = self._asked_by(trainer)
+        grace = float(os.environ.get("FT_SHUTDOWN_TIMEOUT") or GRACE_SECONDS)
+        is_late = by in ("SIGTERM", "SIGINT") and now - fit.asked_at > grace / 2
+        rate = fit.stride / (now - fit.asked_at + 1e-3)
+        stride = min(int(rate * STOP_CHECK_SECONDS), STOP_CHECK_BATCHES, 2 * fit.stride)
+        answer = [by is not None, is_late, not is_same, stride]
+        answers = torch.tensor(answer, device=strategy.root_device)
+        asking, late, unlike, strides = strategy.reduce(answers, reduce_op="sum").tolist()
+        fit.is_stopping = asking > 0
+        batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        is_amid = batches % trainer.accumulate_grad_batches > 0 and not trainer.is_last_batch
+        if asking and (late or (is_apt and not is_amid)):
+            self._stop(trainer, by or "another rank", is_amid)
+        fit.asked_at = fit.asked_at if asking else now
+        fit.stride = 1 if asking else 1 + strides // trainer.world_size
+        fit.next_check = math.inf if unlike else fit.ticks + fit.stride
 
-    def _stop(self, trainer: pl.Trainer) -> None:
-        path, what = last_path(trainer), "nothing saved: there is no ModelCheckpoint"
-        if path is not None:
+    def _asked_by(self, trainer: pl.Trainer) -> str | None:
+        """A signal or file; None if somebody else is stopping training."""
+        by, flag = self._client.stop_requested(), os.environ.get(FLAG_VARIABLE)
+        if flag and trainer.is_global_zero:
+            file = f"{flag}.stop"
+            by = by or (file if within(LOOK_SECONDS, lambda: os.path.exists(file)) else None)
+        is_ending = trainer.should_stop and getattr(trainer.fit_loop, "_can_stop_early", True)
+        return None if is_ending else by
+
+    def _stop(self, trainer: pl.Trainer, by: str, is_amid: bool) -> None:
+        keeper, what = last_keeper(trainer), "nothing saved: there is no ModelCheckpoint"
+        if keeper is not None:  # which in a next run, too, writes there and not beside it
+            path = keeper.last_model_path = last_path(trainer, keeper)
             trainer.save_checkpoint(path, weights_only=False)
             what = f'saved {path}, where ckpt_path="last" resumes'
         self._be_in(FINISHING)
         trainer.strategy.checkpoint_io.teardown()  # waits for what a thread still writes
         if trainer.is_global_zero:
-            by, step = self._fit.asked_by or "another rank", batches_done(trainer)
-            self.logger.warning("stopped at step %d, as %s asked; %s", step, by, what)
-            Path(f"{os.environ.get(FLAG_VARIABLE)}.stop").unlink(missing_ok=True)
+            what += ", less the gradients accumulated" * is_amid
+            self.logger.warning(
+                "stopped at step %d, as %s asked; %s", batches_done(trainer), by, what
+            )
+            if flag := os.environ.get(FLAG_VARIABLE):
+                Path(f"{flag}.stop").unlink(missing_ok=True)
         raise SystemExit(0)
 
     def _why_complete(self, trainer: pl.Trainer) -> str | None:
@@ -557,28 +682,41 @@ class FaultToleranceCallback(pl.Callback):
 
 
 class Fit:
-    """What is known of a fit, and who asks to stop it."""
+    """What is known of a fit, and when its ranks ask each other whether to stop."""
 
-    def __init__(self) -> None:
-        free = (signal.SIG_DFL, signal.SIG_IGN)  # the script does not handle it itself
-        self.signals = [number for number in STOP_SIGNALS if signal.getsignal(number) in free]
-        self.pid = os.getpid()
+    def __init__(self, given: Mapping[str, Any] | None = None) -> None:
+        self.given = given or {}  # to trainer.fit, by name
+        self.handlers = {number: signal.getsignal(number) for number in SAVE_SIGNALS}
         self.writes = False  # checkpoints, on this rank
-        self.batches = 0  # done in this run
-        self.asked_by: str | None = None  # to stop: a signal or file
-        self.checked_at = 0.0  # when ranks have last asked each other, monotonic
-        self.stride = self.next_check = 1  # batches from then on, and by then
+        self.may_try = False  # to load the first checkpoint
+        self.batches = 0  # trained in this run
+        self.ticks = 0  # batches trained or validated
+        self.next_check: float = 0  # tick
+        self.stride = 1  # ticks up to then
+        self.asked_at = 0.0  # monotonic, when ranks last asked and none wanted to stop
+        self.is_training = False  # from on_train_start to on_train_end
+        self.is_stopping = False  # at the next apt batch
 
-    def catch_signals(self) -> None:
-        """In the place of Lightning's, which waits for ranks that do not answer."""
+    def __reduce__(self) -> Any:
+        return Fit, ()  # handlers may be anything
+
+    def ask_soon(self) -> None:
+        """What follows may be slower than what came before."""
+        self.stride, self.next_check = 1, self.ticks + 1
+        self.asked_at = self.asked_at if self.is_stopping else time.monotonic()
+
+    def is_due(self) -> bool:
+        self.ticks += 1
+        return self.is_training and self.ticks >= self.next_check
+
+    def give_signals_back(self, client: RankMonitorClient) -> None:
+        """To the script, and one that came too late for its last fit."""
         if threading.current_thread() is threading.main_thread():
-            for number in self.signals:
-                signal.signal(number, self._note_signal)
-
-    def _note_signal(self, number: int, frame: Any) -> None:
-        if os.getpid() != self.pid:  # forked from this rank
-            os._exit(128 + number)
-        self.asked_by = signal.Signals(number).name
+            for number, handler in self.handlers.items():
+                if handler is not None:
+                    signal.signal(number, handler)
+            if client.stop_signal is not None:
+                signal.raise_signal(signal.Signals[client.stop_signal])
 
 
 def batches_done(trainer: pl.Trainer) -> int:
@@ -587,11 +725,11 @@ def batches_done(trainer: pl.Trainer) -> int:
     return int(progress.processed)
 
 
-def is_lightnings(thing: Any, name: str) -> bool:
-    """Whether a class or function is Lightning's own of this name."""
+def is_lightnings(thing: Any, *names: str) -> bool:
+    """Whether a class or function is Lightning's own of one of these names."""
     package = thing.__module__.partition(".")[0]
     ours = ("lightning", "pytorch_lightning", "lightning_fabric")
-    return thing.__qualname__ == name and package in ours
+    return thing.__qualname__ in names and package in ours
 
 
 def destroy_gloo() -> None:

@@ -103,7 +103,7 @@ EXIT_GAVE_UP = 93
 HEALTH_CHECK_SECONDS = 60.0
 RENDEZVOUS_TRIES = 3  # for a node that is lost as the nodes meet
 LISTEN_SECONDS = 1.0  # between looks for what other nodes tell
-HEAR_SECONDS = 3.0  # how long the node that ends a job stays, as it may have the store
+HEAR_SECONDS = 3.0  # how long the node that ends a job stays, as it may host the store
 STOP_MARGIN_SECONDS = 20  # that a monitor may take after its rank's grace: SIGKILL, reaping
 # What nodes tell each other, as keys in the store of each round of the rendezvous.
 OVER = "ft_over"  # the job is, and why; empty where restarts are used up
@@ -154,7 +154,7 @@ class RestartPolicy:
             return f"no progress, {self.no_progress} attempts in a row saved no new checkpoint"
         return None
 
-    def what_is_kept(self, incident: Incident) -> str:
+    def what_is_kept(self, incident: Incident, reports: Sequence[Report]) -> str:
         """Of an attempt that was told to stop."""
         step, saved = incident.last_step or 0, max(incident.saved_step or 0, self.saved, 0)
         if saved < step:
@@ -162,8 +162,10 @@ class RestartPolicy:
         else:
             text = f"step {saved} is saved, and the next run resumes there"
         text = text if step or saved else "no step was made"
-        killed = [rank for rank, status in incident.statuses.items() if status == -signal.SIGKILL]
-        return f"{text}; had to kill rank {', '.join(killed)}" if killed else text
+        for report in reports:
+            if report.status == -signal.SIGKILL:
+                return f"{text}; had to kill rank {report.rank}: {report.waiting}"
+        return text
 
 
 def bug_of(error: str | None) -> str | None:
@@ -201,10 +203,12 @@ class Job:
     policy: RestartPolicy
     health_check: str | None = None  # a shell command
     flag: str | None = None  # the finished flag, unless there was one at the start
+    run_id: str = ""  # the same on all nodes
     state: State = dataclasses.field(default_factory=State)
 
     def is_complete(self) -> bool:
-        return self.flag is not None and os.path.exists(self.flag)
+        found = ft_monitor.within(ft_monitor.FILE_SECONDS, lambda: os.path.exists(self.flag or ""))
+        return bool(found)
 
     def learn(self, reports: Sequence[Report]) -> None:
         """Keep what an attempt has learned, for the next one and for later runs."""
@@ -214,7 +218,7 @@ class Job:
 
         def update() -> tuple[State, State]:
             before = State.read(path) if path else self.state
-            after = before.after(reports, str(self.run_dir))
+            after = before.after(reports, self.run_id)
             if path:
                 after.write(path)
             return before, after
@@ -222,10 +226,10 @@ class Job:
         result = ft_monitor.within(ft_monitor.FILE_SECONDS, update)
         if not isinstance(result, tuple):
             self.log.warning("cannot keep what was learned: %s", result or f"{path} hangs")
-            result = self.state, self.state.after(reports, str(self.run_dir))
+            result = self.state, self.state.after(reports, self.run_id)
         before, self.state = result
         os.environ["FT_LEARNED"] = json.dumps(self.state.longest)
-        for clock in before.killed:
+        for clock in before.killed.keys() & {report.hung_on for report in reports}:
             old, new = (
                 ft_monitor.Clocks(self.config, 0.0, state.longest).limit(clock) for state in result
             )
@@ -244,7 +248,6 @@ class FaultToleranceAgent(LocalElasticAgent):
         self._attempt = -1
         self._started = 0.0  # the newest attempt, wall clock
         self._is_noted = True  # whether its end is in incidents.jsonl
-        self._ended: float | None = None  # the last attempt that has, wall clock
         self._listened = 0.0  # when this node last looked for what others tell, monotonic
         self._well: RunResult | None = None  # how this node's ranks have ended, if well
         self._wait_until = 0.0  # for those of other nodes then, monotonic
@@ -369,8 +372,9 @@ class FaultToleranceAgent(LocalElasticAgent):
 
     def _signal(self, number: int, frame: Any = None) -> None:
         """Signal the monitors."""
-        for pid in self._pcontext.pids().values() if self._pcontext else ():
-            ft_monitor.send(pid, number)
+        context: Any = self._pcontext
+        for handler in context.subprocess_handlers.values() if context else ():
+            handler.proc.send_signal(number)  # unless it has ended
 
     def _close(self, close: Any, number: signal.Signals | None = None, timeout: int = 30) -> None:
         """End the ranks. torch names no signal when one has failed: the others, which can only wait
@@ -395,7 +399,7 @@ class FaultToleranceAgent(LocalElasticAgent):
         return result
 
     def _end_with_all(self, result: RunResult) -> RunResult:
-        """Ranks that have ended well pass for healthy until those of all nodes have.
+        """Ranks that have ended well are reported as healthy until those of all nodes have.
 
         Otherwise torch would only wait for them, deaf to those that failed and want a restart.
         """
@@ -410,7 +414,7 @@ class FaultToleranceAgent(LocalElasticAgent):
         is_over = is_complete or time.monotonic() > self._wait_until
         names = [f"{DONE}{number}" for number in range(group.group_world_size or 1)]
         if self._told(*names) is not None:
-            self._exit_barrier_timeout = HEAR_SECONDS  # torch's: one that was stopped stays away
+            self._exit_barrier_timeout = HEAR_SECONDS  # torch's, which stopped nodes never reach
             return result
         return result if is_over else RunResult(WorkerState.HEALTHY)
 
@@ -423,7 +427,7 @@ class FaultToleranceAgent(LocalElasticAgent):
         self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30, **kwargs: Any
     ) -> None:
         """Called at the end alone: stop workers that still run."""
-        # From here every wait is bounded, and a second signal would only leave workers behind.
+        # From here every wait is bounded, and more signals would only leave workers behind.
         for number in (*ft_monitor.STOP_SIGNALS, *PASSED_ON_SIGNALS):
             signal.signal(number, signal.SIG_IGN)
         log, state = self._job.log, self._worker_group.state
@@ -433,9 +437,10 @@ class FaultToleranceAgent(LocalElasticAgent):
             began = time.monotonic()
             super()._shutdown(death_sig, timeout + STOP_MARGIN_SECONDS)
             self._tell(f"{DONE}{self._worker_group.group_rank}")
-            incident = self._note(Outcome.STOPPED, death_sig.name)
+            incident = self._note(Outcome.STOPPED)
             if incident:
-                text = self._job.policy.what_is_kept(incident)
+                reports = ft_monitor.read_reports(self._directory)
+                text = self._job.policy.what_is_kept(incident, reports)
                 log.warning("stopped within %.1f s: %s", time.monotonic() - began, text)
         else:
             super()._shutdown(None)  # type: ignore[arg-type]
@@ -444,12 +449,13 @@ class FaultToleranceAgent(LocalElasticAgent):
         if len(incidents) > 1 or any(x.outcome == Outcome.FAILED for x in incidents):
             log.info("%s", ft_monitor.render_report(incidents))
 
-    def _note(self, outcome: Outcome | None = None, stopped_by: str = "") -> Incident | None:
+    def _note(self, outcome: Outcome | None = None) -> Incident | None:
         """Write down how the attempt ended, once, and return it. By default, its reports tell."""
         if self._is_noted:
             return None
         self._is_noted = True
-        reports = ft_monitor.read_reports(self._directory)
+        within = functools.partial(ft_monitor.within, ft_monitor.FILE_SECONDS)
+        reports = within(lambda: ft_monitor.read_reports(self._directory)) or []
         workers = self._worker_group.workers
         if sum(bool(report.pid and report.ended) for report in reports) < len(workers):
             # A monitor was killed. What its rank has left descends from us now, a subreaper, as
@@ -465,17 +471,19 @@ class FaultToleranceAgent(LocalElasticAgent):
             self._started,
             reports=reports,
             outcome=outcome,
-            stopped_by=stopped_by,
             world=workers[0].world_size,
-            previous_end=self._ended,
         )
-        self._ended = incident.end
         self._job.learn(reports)
-        try:
+
+        def note() -> bool:
             with open(self._job.run_dir / "incidents.jsonl", "a", encoding="utf-8") as file:
                 file.write(ft_monitor.to_text(dataclasses.asdict(incident)))
-        except OSError as error:
-            self._job.log.warning("cannot write down how the attempt ended: %s", error)
+            return True
+
+        result = within(note)
+        if result is not True:
+            problem = result or "its file system does not answer"
+            self._job.log.warning("cannot write down how the attempt ended: %s", problem)
         return incident
 
     def _decide(self, outcome: Outcome) -> None:
@@ -487,7 +495,6 @@ class FaultToleranceAgent(LocalElasticAgent):
         if is_ours:
             self._tell(FAILED)
         policy, reason = self._job.policy, None
-        saved = max(policy.saved, 0)
         if is_ours or self._told(FAILED) is not None:
             reason = policy.why_not(incident, self._worker_group.group_rank == 0)
         leave = requested(incident, WorkloadAction.ExcludeThisNode)
@@ -496,7 +503,7 @@ class FaultToleranceAgent(LocalElasticAgent):
         what_next = "no restarts left" if is_over else f"restarting, {left} of {most} left"
         if reason or leave:
             what_next = f"not restarting: {reason}" if reason else "this node leaves the job"
-        text = ft_monitor.explain(incident, str(self._directory), what_next, saved)
+        text = ft_monitor.explain(incident, str(self._directory), what_next)
         self._job.log.error("%s", text)
         if leave and not reason:
             self._leave(leave)
@@ -552,6 +559,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def spell(argv: Sequence[str], parser: argparse.ArgumentParser) -> tuple[list[str], list[str]]:
     """The command line with its options spelt as ours; and what of NVIDIA's has no meaning here."""
     known = parser._option_string_actions
+    ours = [name[5:] for name in known if name.startswith("--ft-")]
     spelt: list[str] = []
     ignored: list[str] = []
     words = list(argv)
@@ -560,7 +568,8 @@ def spell(argv: Sequence[str], parser: argparse.ArgumentParser) -> tuple[list[st
         if name.startswith("--"):
             name = name.replace("_", "-").replace("--ft-param-", "--ft-")
             name = RENAMED.get(name, name)
-        is_ignored = name not in known and ft_monitor.is_nvidias(name)
+        is_ignored = name not in known and name.startswith("--ft-")
+        is_ignored = is_ignored and not ft_monitor.resembling(name[5:], ours, 0.85)
         has_value = is_ignored and name != "--ft-ignore-missing-cfg"
         if name in known:
             has_value = known[name].nargs != 0
@@ -594,12 +603,13 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Job, Any]:
     except (ValueError, AssertionError, RuntimeError, OSError) as error:  # a ConfigError too
         shutil.rmtree(run_dir, ignore_errors=True)
         parser.error(" ".join(str(error).split()))
-    log = ft_monitor.Log("ft_launcher", config.log_level)
+    log = ft_monitor.Log("ft_launcher")
     if ignored:
         log.warning("ignoring what has no meaning here: %s", " ".join(ignored))
     policy = RestartPolicy(args.ft_max_no_progress_cycles)
     flag = None if flag is None or os.path.exists(flag) else flag
-    return Job(run_dir, config, log, policy, args.ft_node_health_check, flag), launch
+    check = args.ft_node_health_check
+    return Job(run_dir, config, log, policy, check, flag, launch[0].run_id), launch
 
 
 def check_script(args: argparse.Namespace) -> None:

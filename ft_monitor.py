@@ -5,32 +5,30 @@
 
 A rank that hangs cannot say so. So each gets a parent, as `tini` is a container's, that knows how
 long each thing may take, ends with the rank's own exit status, and leaves no process behind.
-ft_launcher.py starts one for each rank; alone it works under any launcher (`srun python
-ft_monitor.py ...`). `RankMonitorClient` is the rank's end of the pipe. Standard library only.
+ft_launcher.py starts it, or any launcher, such as srun. `RankMonitorClient` is the rank's end of
+the pipe. Standard library only.
 
-Environment
-    variable             set by    read by          meaning
-    FT_CONFIG            launcher  monitor, client  the configuration as JSON
-    FT_LEARNED           launcher  monitor          what earlier attempts have learned, as JSON
-    FT_RUN_DIR           launcher  monitor, client  directory of reports and stacks
-    FT_ATTEMPT           launcher  monitor, client  0, 1, 2 ...: how often workers were started
-    FT_LAUNCHER_PID      launcher  monitor          whose death ends the rank; else the parent's
-    FT_SHUTDOWN_TIMEOUT  launcher  monitor          seconds that a stopped rank has to end
-    FT_MONITOR_PID       monitor   client           process of the monitor
-    FT_MONITOR_FD        monitor   client           its file descriptor for the pipe's write end
-    FT_STACKS_FD         monitor   client           its file descriptor for stacks, in memory
-    RANK                 launcher  monitor, client  the rank's number; else SLURM_PROCID; else 0
+Environment, from the launcher; the last three from the monitor
+    FT_CONFIG            the configuration as JSON
+    FT_LEARNED           longest times of earlier attempts, by clock, as JSON
+    FT_RUN_DIR           directory of reports and stacks
+    FT_ATTEMPT           0, 1, 2 ...: how often workers were started
+    FT_LAUNCHER_PID      process whose death ends the rank; by default the parent
+    FT_SHUTDOWN_TIMEOUT  seconds that a stopped rank has to end
+    RANK                 the rank's number; or SLURM_PROCID, or 0
+    FT_MONITOR_PID       its process
+    FT_MONITOR_FD        its file descriptor for the pipe's write end
+    FT_STACKS_FD         its file descriptor for stacks, in memory
 
 Messages: one JSON object a line, at most 4,096 bytes, from the rank to the monitor only. Each has
-its `type` and `time`: the monitor need not wake for each, and a late look measures right.
+its `type` and `time`, so that a late look measures right.
     type       fields                 meaning
     init       calculate, state_file  connected; are limits learned, and where are they kept?
     heartbeat  step                   alive, with so many batches done, or null
     section    name, open             entered (true) or left (false) a named section
-    learned    longest                earlier runs' seconds by clock: learn from these
-    calculate  clock                  learn the limit of this clock
-    saved      step, checkpoint       it is safely on disk; noted in progress.json in FT_RUN_DIR
-                                      and, under autoresume.sh, in FLAG.progress
+    learned    longest                learn limits; earlier runs' longest times, by clock
+    saved      step, checkpoint       it is on disk; noted in FT_RUN_DIR/progress.json and, under
+                                      autoresume.sh, FLAG.progress
     request    action, reason         workload control, when this attempt ends
     complete   flag, values           training is: create the flag if the script ends well
     error      error                  an exception that the script may yet handle
@@ -39,23 +37,22 @@ its `type` and `time`: the monitor need not wake for each, and a late look measu
 
 Clocks: an idle one, or one for each open section; the first that runs out decides. Its limit is
 what was configured; or, if limits are learned, the longest time survived times safety_factor, at
-least min_timeout (from 16 heartbeats on, a section once left); else, if any limit is configured or
-learned, unknown_timeout.
-    clock                           runs from                to
-    startup_timeout                 process start            init
-    initial_rank_heartbeat_timeout  init                     first heartbeat or section
-    rank_heartbeat_timeout          heartbeat, or the end    next heartbeat or section
-                                    of the last section
-    rank_section_timeouts[name]     section entered          section left
-    rank_out_of_section_timeout     end of the last section  next section or, unless it is
-                                                             configured, heartbeat
-    exit_timeout                    bye                      process end
+least min_timeout (from 16 heartbeats on, or a section once left); else, if there is any limit,
+unknown_timeout.
+    clock                           runs from                   to
+    startup_timeout                 process start               init
+    initial_rank_heartbeat_timeout  init                        first heartbeat or section
+    rank_heartbeat_timeout          heartbeat, or section left  next heartbeat or section
+    rank_out_of_section_timeout     the latter, in a loop       next section
+                                    without heartbeats
+    rank_section_timeouts[name]     section entered             section left
+    exit_timeout                    bye                         process end
 
 How a rank is ended
-    half of a clock passed            a warning and its stacks; nothing is ended
+    half of a clock, the first time   a warning and its stacks; nothing is ended
     a clock ran out                   stacks, termination signal to its processes, SIGKILL after 5 s
-    SIGTERM, SIGINT, SIGHUP, SIGQUIT  passed on to the rank; SIGKILL after the shutdown timeout,
-                                      or at a SIGINT on top
+    SIGTERM, SIGINT, SIGHUP, SIGQUIT  SIGTERM, or SIGINT; SIGKILL after the shutdown timeout,
+                                      or at once at a SIGINT while it is ending
     SIGABRT (a peer failed), or the   stacks, SIGKILL; a checkpoint that is being saved may be
     launcher died                     finished, within workers_stop_timeout
     SIGUSR1, SIGUSR2                  passed on to the rank; nothing is ended
@@ -72,52 +69,52 @@ import functools
 import json
 import math
 import os
-import select
 import signal
 import sys
 import threading
 import time
 
-# A monitor is one more process for each rank: what only a rank or a reader needs is imported there.
+# What only a rank or a reader needs is imported there: a monitor is to be small.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Collection, Mapping, Sequence
     from typing import Any, NoReturn
 
+    Seconds = float | None
+
 MAX_MESSAGE_BYTES = 4096  # PIPE_BUF on Linux: a write of this size is whole or fails
-MIN_HEARTBEATS = 16  # before the limit of heartbeats is learned
-FADE = 0.8  # what was learned fades by this from run to run, and outliers with it
-HALF_TIME_WARNINGS = 3  # in one attempt, so that slow training does not fill the log
+MIN_HEARTBEATS = 16  # before their limit is learned
+FADE = 0.8  # of what was learned, from run to run, so that outliers fade
 READ_SECONDS = 0.1  # between looks at the pipe, which takes 1,000 heartbeats in between
-REPORT_SECONDS = 1.0  # between reports of a rank that is well
+REPORT_SECONDS = 1.0  # between reports
 TERMINATION_SECONDS = 5.0  # from the termination signal of a hung rank to SIGKILL
-REAP_SECONDS = 10.0  # from SIGKILL to giving up on a process that the kernel does not end
-SUSPENDED_SECONDS = 5.0  # a monitor that wakes later than this was suspended, and its rank too
-STACKS_SECONDS = 1.0  # how long a rank may take to write its stacks; 1 ms is usual
-FILE_SECONDS = 5.0  # how long a file system may take to answer
-FLAG_SECONDS = 30.0  # how long for the finished flag
-LOG_SECONDS = 0.5  # how long for a line of the log
+REAP_SECONDS = 10.0  # from SIGKILL to giving up on what the kernel does not end
+SUSPENDED_SECONDS = 5.0  # a monitor that wakes so late was suspended, and its rank too
+STACKS_SECONDS = 1.0  # for a rank to write its stacks; 1 ms is usual
+FILE_SECONDS = 5.0  # for a file system to answer
+FLAG_SECONDS = 30.0  # for the finished flag to be written
+LOG_SECONDS = 0.5  # for a line of the log
 UNKNOWN_SECONDS = 1800.0  # default of unknown_timeout
 EXIT_SECONDS = 600.0  # unknown_timeout of a process whose script has ended
 GRACE_SECONDS = 30.0  # as torchrun's --shutdown-timeout
 
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 1, 4, 36  # of prctl(2)
-PARENT_DIED = signal.SIGURG  # from the kernel; ignored by default, so a stray one is harmless
+PARENT_DIED = signal.SIGURG  # ignored by default, so a stray one is harmless
 PEER_FAILED = signal.SIGABRT
 STACKS_SIGNAL = signal.SIGRTMAX - 7  # of no runtime that we know: Go's is SIGURG, Java's SIGQUIT
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 PASSED_ON_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
+SAVE_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # to a rank: save, and end
 
 FLAG_VARIABLE = "FAULT_TOL_FINISHED_FLAG_FILE"
 STARTUP, EXIT = "startup_timeout", "exit_timeout"
 INITIAL, HEARTBEAT = "initial_rank_heartbeat_timeout", "rank_heartbeat_timeout"
 OUT_OF_SECTION = "rank_out_of_section_timeout"
+IDLE = (INITIAL, HEARTBEAT, OUT_OF_SECTION)  # clocks of which one runs outside of sections
 CHECKPOINTING = "checkpointing"  # the section in which a checkpoint is saved
-AFTER_TRAINING = "after_training"  # what a script does then: never the same, so never learned
-STACKS_HEADER = "==="  # begins the line before each dump of stacks, with its time since the epoch
-
-
+AFTER_TRAINING = "after_training"  # work of the script, of any length: never learned
+STACKS_HEADER = "==="  # begins the line before each dump of stacks, with its time
 # What JSON can raise that somebody else has written.
 BROKEN = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
@@ -129,145 +126,92 @@ class ConfigError(ValueError):
     """A setting that cannot be used: the value, what was expected, and the remedy."""
 
 
-def parse_number(value: Any, least: float = 0.0) -> float:
-    """A finite number above 0, and of at least `least`."""
+def parse_number(value: Any, bound: float = 0.0) -> float:
     try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
+        number = float(str(value))  # which refuses True
+    except ValueError:
         number = math.nan
-    if not (0 < number < math.inf and number >= least):
-        expected = f"at least {least:g}" if least else "more than 0"
-        raise ConfigError(f"got {value!r}, expected a number of {expected}")
+    if not bound < number < math.inf:
+        raise ConfigError(f"got {value!r}, expected a number above {bound:g}")
     return number
 
 
-def parse_seconds(value: Any) -> float | None:
-    """A timeout from a number or text; "none" is infinite, None is not configured."""
+def parse_seconds(value: Any) -> Seconds:
+    """A timeout; "none" is infinite, None is not configured."""
     if value in (None, math.inf):
         return value
-    if str(value).strip().lower() in ("none", "null"):
-        return math.inf
-    try:
-        return parse_number(value)
-    except ConfigError as error:
-        raise ConfigError(f"{error}, or none") from None
+    return math.inf if str(value).strip().lower() in ("none", "null") else parse_number(value)
 
 
 def parse_sections(value: Any) -> dict[str, float]:
-    """Timeouts of sections from a mapping, or from text such as "setup:600,step:60"."""
+    sections = value
     if isinstance(value, str):
-        pairs = [item.rpartition(":")[::2] for item in value.split(",") if item.strip()]
-        names = [name.strip() for name, _ in pairs]
-        if not all(names) or len(set(names)) < len(names):
-            raise ConfigError(f"got {value!r}, expected NAME:SECONDS,..., each name once")
-        value = dict(zip(names, (seconds for _, seconds in pairs), strict=True))
-    if not isinstance(value, dict):
-        raise ConfigError(f"got {value!r}, expected names of sections with their seconds")
-    return {name: parse_seconds(x) or math.inf for name, x in value.items()}
+        pairs = [item.rpartition(":") for item in value.split(",") if item.strip()]
+        sections = {name.strip(): seconds for name, _, seconds in pairs}
+    if not isinstance(sections, dict) or "" in sections:
+        raise ConfigError(f"got {value!r}, expected NAME:SECONDS,...")
+    return {name: parse_seconds(x) or math.inf for name, x in sections.items()}
 
 
 def parse_signal(value: Any) -> str:
-    """The name of a signal, from its name with or without SIG, or its number."""
-    text = str(value).strip().upper()
-    for known in signal.Signals:
-        if text in (known.name, known.name.removeprefix("SIG"), str(known.value)):
-            return known.name
-    raise ConfigError(f"got {value!r}, expected a signal, such as SIGKILL or SIGTERM")
+    try:
+        return signal.Signals[f"SIG{str(value).upper().removeprefix('SIG')}"].name
+    except KeyError:
+        raise ConfigError(f"got {value!r}, expected a signal, such as SIGTERM") from None
 
 
-def parse_log_level(value: Any) -> str:
-    text = str(value).strip().upper()
-    numbers = {"10": "DEBUG", "20": "INFO", "30": "WARNING", "40": "ERROR"}  # of logging
-    level = numbers.get(text, text)
-    if level not in Log.LEVELS:
-        raise ConfigError(f"got {value!r}, expected one of {', '.join(Log.LEVELS)}")
-    return level
-
-
-def once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object in which a setting that is given twice is an error."""
-    names = [name for name, _ in pairs]
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigError(f"{name!r} is given {names.count(name)} times: give it once")
-    return dict(pairs)
-
-
-# How settings of NVIDIA's begin that have no meaning here.
-NVIDIAS = (
-    *("attribution_", "check_remaining", "checkpoint_iteration", "cycle_info", "enable_", "gpu_"),
-    *("ignore_missing", "install_exception", "link_", "log_aggregator", "log_leaf", "log_server"),
-    *("max_no_progress", "min_progress", "no_restart", "node_health_check_", "num_warmup", "numa_"),
-    *("nvrx_", "pci_topo", "per_cycle", "rdzv_impl", "restart_", "segment", "skip_section"),
-    *("storage_", "workload_check"),
-)
-
-
-def is_nvidias(name: str) -> bool:
-    """Whether a setting, or its flag, is NVIDIA's and has no meaning here."""
-    return name.removeprefix("--ft-").replace("-", "_").startswith(NVIDIAS)
-
-
-def read_yaml(text: str) -> dict[str, Any]:
-    """What plain YAML says, such as NVIDIA's settings: `key: value`, indented in blocks."""
+def parse_yaml(text: str) -> dict[str, Any]:
+    """Plain YAML, such as NVIDIA's settings: `name: value`, indented in blocks."""
     found: dict[str, Any] = {}
     blocks = [(-1, found)]  # that are open, with their indentation
     for line in text.splitlines():
-        key, colon, value = line.partition("#")[0].partition(":")
-        name, value = key.strip(" '\""), value.strip(" '\"{}")
-        if not colon:
+        plain = line.partition("#")[0].translate(dict.fromkeys(b"\"'{}"))
+        name, colon, value = (part.strip() for part in plain.partition(":"))
+        if name in ("", "---"):
             continue
-        indent = len(key) - len(key.lstrip())
+        if not colon:
+            raise ConfigError(f"got {line!r}, expected an object in JSON")
+        indent = len(plain) - len(plain.lstrip())
         while indent <= blocks[-1][0]:
             blocks.pop()
-        is_number = value.replace(".", "", 1).isdecimal()
-        blocks[-1][1][name] = float(value) if is_number else value or {}
+        block = blocks[-1][1]
+        block[name] = int(value) if value.isdecimal() else value or {}
         if not value:
-            blocks.append((indent, blocks[-1][1][name]))
+            blocks.append((indent, block[name]))
     return found
 
 
-def setting(parse: Callable[[Any], Any], default: Any, meaning: str) -> Any:
+def setting(meaning: str, parse: Callable[[Any], Any] = parse_seconds, default: Any = None) -> Any:
     """A field of the configuration: `parse` checks what a flag, a file or a script gives."""
     metadata = {"parse": parse, "meaning": meaning}
     return dataclasses.field(default_factory=lambda: default, metadata=metadata)
 
 
-def timeout(meaning: str) -> Any:
-    return setting(parse_seconds, None, f"seconds {meaning}")
-
-
 @dataclasses.dataclass(frozen=True)
 class FaultToleranceConfig:
-    """The settings of a job. Names as in NVIDIA's fault_tolerance where it has them.
+    """The settings of a job, by NVIDIA's names where it has them. May raise ConfigError."""
 
-    Raises ConfigError for a value that cannot be used, wherever it comes from.
-    """
-
-    startup_timeout: float | None = timeout("from process start to connection")
-    initial_rank_heartbeat_timeout: float | None = timeout("from there to heartbeat or section")
-    rank_heartbeat_timeout: float | None = timeout("between heartbeats, outside of sections")
+    startup_timeout: float | None = setting("from process start to connection")
+    initial_rank_heartbeat_timeout: float | None = setting("from there to heartbeat or section")
+    rank_heartbeat_timeout: float | None = setting("between heartbeats, outside of sections")
     rank_section_timeouts: Mapping[str, float] = setting(
-        parse_sections, {}, "seconds within sections, as setup:600,checkpointing:300"
+        "within sections, as setup:600,checkpointing:300", parse_sections, {}
     )
-    rank_out_of_section_timeout: float | None = timeout("between sections, without heartbeats")
-    exit_timeout: float | None = timeout("from the script's end to its process's (600)")
-    unknown_timeout: float | None = timeout("for what is neither configured nor learned (1800)")
+    rank_out_of_section_timeout: float | None = setting("between sections, without heartbeats")
+    exit_timeout: float | None = setting("from the script's end to its process's (600)")
+    unknown_timeout: float | None = setting("for what is neither configured nor learned (1800)")
     safety_factor: float = setting(
-        lambda value: parse_number(value, 1), 5.0, "a learned limit is the longest time times this"
+        "a learned limit is the longest time times this (5)",
+        functools.partial(parse_number, bound=1.0),
+        5.0,
     )
-    min_timeout: float = setting(
-        parse_number,
-        60.0,
-        "no learned limit is shorter, unless the configured one is",
-    )
+    min_timeout: float = setting("learned limits are not shorter (60)", parse_number, 60.0)
     workers_stop_timeout: float = setting(
-        parse_number, 30.0, "seconds that survivors of a failed rank have to finish a checkpoint"
+        "for survivors of a failed rank to finish a checkpoint (30)", parse_number, 30.0
     )
     rank_termination_signal: str = setting(
-        parse_signal, "SIGKILL", "what a hung rank is sent; SIGKILL follows after 5 s"
+        "what a hung rank is sent, 5 s before SIGKILL (SIGKILL)", parse_signal, "SIGKILL"
     )
-    log_level: str = setting(parse_log_level, "INFO", "of the launcher and the monitors")
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -279,115 +223,95 @@ class FaultToleranceConfig:
 
     @classmethod
     def from_mapping(cls, values: Any) -> FaultToleranceConfig:
-        """Settings by name, as JSON has them; null is never."""
+        """Settings by name; None is never."""
         if not isinstance(values, dict):
-            example = '{"rank_heartbeat_timeout": 60}'
-            raise ConfigError(f"got {values!r}, expected an object such as {example}")
-        ignored = list(filter(is_nvidias, values))
-        if ignored:
-            warn(f"ignoring settings that have no meaning here: {', '.join(ignored)}")
-            values = {name: x for name, x in values.items() if name not in ignored}
-        names = [field.name for field in dataclasses.fields(cls)]
-        for name in values:
-            if name not in names:
-                import difflib
-
-                close = difflib.get_close_matches(name, names, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"expected {', '.join(names)}"
-                raise ConfigError(f"unknown setting {name!r}; {hint}")
+            raise ConfigError(f"got {values!r}, expected an object")
+        names = cls.__dataclass_fields__.keys()
+        others = [name for name in values if name not in names]
+        for name in others:
+            for close in resembling(name, names):
+                raise ConfigError(f"unknown setting {name!r}; did you mean {close!r}?")
+        if others:
+            warn(f"ignoring settings that have no meaning here: {', '.join(others)}")
         given: dict[str, Any] = {n: "none" if x is None else x for n, x in values.items()}
-        return cls(**given)
+        return cls(**{name: given[name] for name in names if name in given})
 
     @classmethod
-    def from_json_file(cls, path: str) -> FaultToleranceConfig:
-        """Read settings from a JSON object, or from its member "fault_tolerance"."""
-        text = ""
+    def load(cls, path: str | None = None) -> FaultToleranceConfig:
+        """From a file in JSON; without one, from FT_CONFIG."""
+        place = f"configuration {path!r}" if path else "environment variable FT_CONFIG"
+        text = os.environ.get("FT_CONFIG") or "{}"
         try:
-            with open(path, encoding="utf-8") as file:
-                text = file.read()
-            values = json.loads(text, object_pairs_hook=once_each)
-            if isinstance(values, dict) and isinstance(values.get("fault_tolerance"), dict):
-                values = values["fault_tolerance"]
+            if path:
+                with open(path, encoding="utf-8") as file:
+                    text = file.read()
+            is_json = text.lstrip().startswith(("{", "["))
+            values = json.loads(text) if is_json else parse_yaml(text)
+            if isinstance(values, dict):
+                values = values.get("fault_tolerance", values)
+            if not is_json:
+                raise ConfigError(f"expected JSON, which here is {json.dumps(values)}")
             return cls.from_mapping(values)
         except OSError as error:
-            raise ConfigError(f"cannot read {os.fspath(path)!r}: {error.strerror}") from None
-        except json.JSONDecodeError as error:
-            raise ConfigError(
-                f"{os.fspath(path)!r} is not JSON: {error}{cls._hint(text)}"
-            ) from None
-        except (ValueError, RecursionError) as error:  # broken JSON, not text, or a ConfigError
-            raise ConfigError(f"configuration {os.fspath(path)!r}: {error}") from None
-
-    @classmethod
-    def _hint(cls, text: str) -> str:
-        """For settings in YAML, the JSON that would do."""
-        values = read_yaml(text)
-        values = values.get("fault_tolerance") or values
-        try:
-            cls.from_mapping(values)
-        except ConfigError:
-            return ""
-        return f"; as JSON it is {json.dumps(values)}" if values else ""
-
-    @classmethod
-    def from_environment(cls) -> FaultToleranceConfig:
-        """The configuration that the launcher handed on; defaults without it."""
-        try:
-            return cls.from_mapping(json.loads(os.environ.get("FT_CONFIG") or "{}"))
-        except ValueError as error:
-            raise ConfigError(f"environment variable FT_CONFIG: {error}") from None
+            raise ConfigError(f"cannot read {path!r}: {error.strerror}") from None
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{place}: {error}") from None
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> FaultToleranceConfig:
         """Flags beat the file of --ft-cfg-path, or FT_CONFIG without one; these the defaults."""
-        base = cls.from_json_file(args.ft_cfg_path) if args.ft_cfg_path else cls.from_environment()
-        flags = {field.name: getattr(args, f"ft_{field.name}") for field in dataclasses.fields(cls)}
-        return dataclasses.replace(base, **{k: v for k, v in flags.items() if v is not None})
+        flags = {name: getattr(args, f"ft_{name}") for name in cls.__dataclass_fields__}
+        given: Any = {name: value for name, value in flags.items() if value is not None}
+        return dataclasses.replace(cls.load(args.ft_cfg_path), **given)
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser, **options: Any) -> Any:
-        """Add --ft-cfg-path and a flag for each setting, in a group, which is returned."""
+        """Add a flag for each setting; return their group."""
         group = parser.add_argument_group("fault tolerance", "times in seconds, 'none' for never")
-        about = "file with settings; flags beat it"
-        names = ("--ft-cfg-path", "--ft_cfg_path")
-        group.add_argument(*names, metavar="FILE.json", help=about, **options)
+        about = "settings in JSON, or in YAML as NVIDIA's; flags beat it"
+        group.add_argument("--ft-cfg-path", metavar="FILE", help=about, **options)
         for field in dataclasses.fields(FaultToleranceConfig):
-            default = getattr(FaultToleranceConfig(), field.name)
-            about = field.metadata["meaning"] + (f" (default: {default})" if default else "")
-            names = (f"--ft-{field.name.replace('_', '-')}", f"--ft_{field.name}")
-            group.add_argument(*names, metavar="VALUE", help=about, **options)
+            flag, about = f"--ft-{field.name.replace('_', '-')}", field.metadata["meaning"]
+            group.add_argument(flag, metavar="VALUE", help=about, **options)
         return group
 
-    def configured(self) -> dict[str, Any]:
-        """The settings that have a value."""
-        values = dataclasses.asdict(self)
-        return {name: value for name, value in values.items() if value not in (None, {})}
-
     def to_json(self) -> str:
-        return json.dumps(self.configured())
+        return json.dumps(
+            {k: v for k, v in dataclasses.asdict(self).items() if v not in (None, {})}
+        )
 
     def limits(self) -> dict[str, float]:
         """The configured limits in seconds, by clock."""
-        names = (STARTUP, INITIAL, HEARTBEAT, OUT_OF_SECTION, EXIT)
-        limits = {name: x for name, x in self.configured().items() if name in names}
-        sections = self.rank_section_timeouts.items()
-        return {**limits, **{section_clock(name): seconds for name, seconds in sections}}
+        clocks = {name: getattr(self, name) for name in (STARTUP, *IDLE, EXIT)}
+        clocks |= {section_clock(name): x for name, x in self.rank_section_timeouts.items()}
+        return {clock: seconds for clock, seconds in clocks.items() if seconds is not None}
 
     def is_watching(self) -> bool:
         """Whether any limit is configured; if so, no clock is without one."""
         return any(map(math.isfinite, [*self.limits().values(), self.unknown_timeout or math.inf]))
 
 
+def resembling(name: str, names: Collection[str], cutoff: float = 0.7) -> list[str]:
+    """Of ours, the one that this is a misspelling of; none if it is likely NVIDIA's."""
+    import difflib
+
+    return difflib.get_close_matches(name, names, 1, cutoff)
+
+
 def section_clock(section: str) -> str:
-    """The clock of a section, named as the setting that limits it."""
     return f"rank_section_timeouts[{section}]"
+
+
+def section_of(clock: str) -> str:
+    """The section that a clock is of; empty if it is of none."""
+    return clock.partition("[")[2][:-1]
 
 
 # ------------------------------------------------------------------------------------ messages
 
 
 class WorkloadAction(enum.Enum):
-    """What a rank can ask the launcher for when the attempt ends. Names as NVIDIA's."""
+    """What a rank can ask the launcher for, when the attempt ends."""
 
     Continue = 0  # restart as usual
     ExcludeThisNode = 1  # go on without this node
@@ -396,30 +320,27 @@ class WorkloadAction(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class WorkloadControlRequest:
-    """A request of a rank to the launcher, and why."""
-
     action: WorkloadAction
     description: str = "no reason given"
 
 
-OPTIONAL_TEXT = (str, type(None))
+TEXT = (str, type(None))
 MESSAGE_FIELDS: dict[str, dict[str, Any]] = {
-    "init": {"calculate": bool, "state_file": OPTIONAL_TEXT},
+    "init": {"calculate": bool, "state_file": TEXT},
     "heartbeat": {"step": (int, type(None))},
     "section": {"name": str, "open": bool},
     "learned": {"longest": dict},
-    "calculate": {"clock": str},
-    "saved": {"step": int, "checkpoint": OPTIONAL_TEXT},
+    "saved": {"step": int, "checkpoint": TEXT},
     "request": {"action": str, "reason": str},
-    "complete": {"flag": OPTIONAL_TEXT, "values": dict},
+    "complete": {"flag": TEXT, "values": dict},
     "error": {"error": str},
     "shutdown": {},
-    "bye": {"error": OPTIONAL_TEXT},
+    "bye": {"error": TEXT},
 }
 
 
 def encode_message(kind: str, **fields: Any) -> bytes:
-    """One line of JSON, with the time. Of what is too long for a pipe, text is cut."""
+    """Of what is too long for a pipe, text is cut."""
     message = {"type": kind, "time": time.monotonic(), **fields}
     while len(line := json.dumps(message, default=str)) >= MAX_MESSAGE_BYTES:
         longest = max(fields, key=lambda name: len(json.dumps(message[name], default=str)))
@@ -429,13 +350,11 @@ def encode_message(kind: str, **fields: Any) -> bytes:
 
 
 def decode_message(line: bytes) -> dict[str, Any] | None:
-    """The message in a line, or None for what is not one."""
+    """None for what is no message."""
     try:
         message = json.loads(line) if len(line) < MAX_MESSAGE_BYTES else {}
         fields = MESSAGE_FIELDS[message["type"]]
         message["time"] = parse_number(message["time"])
-        if "action" in fields:
-            WorkloadAction[message["action"]]
         if "longest" in fields:
             message["longest"] = parse_longest(message["longest"])
         is_right = all(isinstance(message[name], types) for name, types in fields.items())
@@ -444,29 +363,18 @@ def decode_message(line: bytes) -> dict[str, Any] | None:
     return message if is_right else None
 
 
-def parse_longest(values: Any) -> dict[str, float]:
-    """Seconds by clock. Raises ConfigError."""
-    if not isinstance(values, dict):
-        raise ConfigError(f"longest: got {values!r}, expected seconds by clock")
-    return {str(clock): parse_number(seconds) for clock, seconds in values.items()}
-
-
 class Inbox:
-    """The monitor's end of the pipe: cuts what arrives into messages.
-
-    Messages end with a newline, so after anything that is not one the next line is understood
-    again. Both ends stay open here: the pipe outlives whatever a rank does to its descriptors.
-    """
+    """The pipe, cut into messages. It outlives whatever a rank does to its own descriptors."""
 
     def __init__(self) -> None:
         # What multiprocessing.Pipe(duplex=False) makes; its module would double our memory.
         self.read_end, self.write_end = os.pipe()
         os.set_blocking(self.read_end, False)
         self.skipped = 0  # lines that were not understood
-        self._rest = b""  # the beginning of a line whose end has not arrived
+        self._rest = b""
 
     def read(self) -> list[dict[str, Any]]:
-        """What has arrived, but not for ever if the rank keeps filling the pipe."""
+        """What has arrived, but not for ever: a rank may keep filling the pipe."""
         messages = []
         for _ in range(16):
             try:
@@ -487,27 +395,26 @@ class Inbox:
 
 
 class Clocks:
-    """Which clocks run, what their limits are, and what was learned. No I/O; times in seconds.
-
-    `earlier`: the longest times by clock that earlier attempts and runs have seen.
-    """
+    """Which clocks run, what their limits are, and what was learned. No I/O; times in seconds."""
 
     def __init__(
         self, config: FaultToleranceConfig, now: float, earlier: Mapping[str, float] | None = None
     ) -> None:
         self.config = config
         self.configured = config.limits()
-        self.is_watching = config.is_watching()
         self.heard = now  # time of the last message
-        self.running: dict[str, float] = {STARTUP: now}  # and since when
-        self.sections: set[str] = set()  # that are open
-        self.has_heartbeats = False  # since init
-        self.calculate = earlier is not None  # all limits
-        self.asked: set[str] = set()  # or the limits of these clocks
-        self.earlier = dict(earlier or {})
-        self.longest: dict[str, float] = {}  # seconds survived on each clock, in this attempt
-        self.state_file: str | None = None  # of this training; another one has other limits
+        self.running = {STARTUP: now}  # and since when
+        self.idle = OUT_OF_SECTION  # that of IDLE which runs after a section
+        self.learns = earlier is not None
+        self.earlier = dict(earlier or {})  # longest time of earlier attempts, by clock
+        self.longest: dict[str, float] = {}  # and of this one
         self.laps = collections.Counter[str]()  # how often each was stopped
+        self.state_file: str | None = None  # another training has another one, and limits
+
+    @property
+    def sections(self) -> list[str]:
+        """That are open."""
+        return sorted(filter(None, map(section_of, self.running)))
 
     def hear(self, message: Mapping[str, Any], now: float) -> None:
         """Let a message start and stop clocks."""
@@ -515,101 +422,85 @@ class Clocks:
         kind = message["type"]
         if kind == "init":
             if STARTUP not in self.running and message["state_file"] != self.state_file:
-                self.earlier, self.longest, self.asked = {}, {}, set()
+                self.earlier, self.longest = {}, {}
                 self.laps.clear()
-            self._stop_all(at)
-            self.state_file = message["state_file"]
-            self.has_heartbeats, self.calculate = False, message["calculate"]
-            self.running[INITIAL] = at
+            self.state_file, self.learns = message["state_file"], message["calculate"]
+            self._stop([*self.running], at)
+            self.idle, self.running[INITIAL] = OUT_OF_SECTION, at
         elif kind == "heartbeat":
-            self._hear_heartbeat(at)
+            self._stop(IDLE, at)
+            self.idle = HEARTBEAT
+            if not self.sections:
+                self.running[HEARTBEAT] = at
         elif kind == "section":
-            self._hear_section(message["name"], message["open"], at)
+            clock = section_clock(message["name"])
+            if message["open"]:
+                self._stop(IDLE, at)
+                self.running.setdefault(clock, at)
+            elif clock in self.running:
+                self._stop([clock], at)
+                if not self.sections:
+                    self.running[self.idle] = at
         elif kind == "learned":
-            self.asked.update(message["longest"])
+            self.learns = True
             for clock, seconds in message["longest"].items():
                 self.earlier[clock] = max(seconds, self.earlier.get(clock, 0.0))
-        elif kind == "calculate":
-            self.asked.add(message["clock"])
-        elif kind in ("shutdown", "bye"):
-            self._stop_all(at)
-            if kind == "bye":
-                self.running[EXIT] = at
+        elif kind == "error":  # what it was waiting for may have hung: not a time survived
+            self.running = dict.fromkeys(self.running, at)
+        elif kind == "shutdown":
+            self._stop([*self.running], at)
+        elif kind == "bye":
+            if message["error"] is None:
+                self._stop([*self.running], at)
+            self.running = {EXIT: at}
 
-    def _hear_heartbeat(self, at: float) -> None:
-        self.has_heartbeats = True
-        self._stop(INITIAL, at)
-        self._stop(HEARTBEAT, at)
-        if OUT_OF_SECTION not in self.configured:
-            self._stop(OUT_OF_SECTION, at)
-        if not self.sections:
-            self.running[HEARTBEAT] = at
-
-    def _hear_section(self, name: str, is_open: bool, at: float) -> None:
-        if is_open:
-            for idle in (INITIAL, HEARTBEAT, OUT_OF_SECTION):
-                self._stop(idle, at)
-            self.sections.add(name)
-            self.running.setdefault(section_clock(name), at)
-        elif name in self.sections:
-            self._stop(section_clock(name), at)
-            self.sections.discard(name)
-            if not self.sections and self.has_heartbeats:
-                self.running[HEARTBEAT] = at
-            if not self.sections and (not self.has_heartbeats or OUT_OF_SECTION in self.configured):
-                self.running[OUT_OF_SECTION] = at
-
-    def _stop(self, clock: str, at: float) -> None:
-        """Stop a clock if it runs, and learn how long it took."""
-        if clock in self.running:
-            seconds = round(at - self.running.pop(clock), 3)
-            self.longest[clock] = max(seconds, self.longest.get(clock, 0.001))
-            self.laps[clock] += 1
-
-    def _stop_all(self, at: float) -> None:
-        for clock in list(self.running):
-            self._stop(clock, at)
-        self.sections.clear()
+    def _stop(self, clocks: Sequence[str], at: float) -> None:
+        """Stop those that run, and learn how long they took."""
+        for clock in clocks:
+            if clock in self.running:
+                seconds = round(at - self.running.pop(clock), 3)
+                self.longest[clock] = max(seconds, self.longest.get(clock, 0.001))
+                self.laps[clock] += 1
 
     def restart(self, now: float) -> None:
-        """Start all running clocks again, after a time in which nothing could run."""
-        self.heard = now  # what is still in the pipe was sent before
+        """Start what runs again, after a time in which nothing could run."""
+        self.heard = now  # not what is still in the pipe
         self.running = dict.fromkeys(self.running, now)
 
+    def _survived(self, clock: str) -> float:
+        return max(self.longest.get(clock, 0.0), self.earlier.get(clock, 0.0))
+
     def is_learned(self, clock: str) -> bool:
-        """Whether a clock's limit is learned, and enough was seen for that."""
-        if clock in (EXIT, section_clock(AFTER_TRAINING)):
+        """Whether enough was seen for a learned limit."""
+        never = (EXIT, section_clock(AFTER_TRAINING))
+        if clock in never or self.configured.get(clock) == math.inf or not self.learns:
             return False
-        is_asked = not self.asked.isdisjoint((clock, clock.partition("[")[0]))
-        enough = MIN_HEARTBEATS if clock == HEARTBEAT and not is_asked else 1
-        has_seen = clock in self.earlier or self.laps[clock] >= enough
-        return (self.calculate or is_asked) and has_seen
+        enough = MIN_HEARTBEATS if clock == HEARTBEAT else 1
+        return clock in self.earlier or self.laps[clock] >= enough
 
     def limit(self, clock: str) -> float:
-        """The seconds that a clock may run; infinite for never."""
+        """The seconds that a clock may run, or infinity."""
         config, configured = self.config, self.configured.get(clock)
-        longest = max(self.longest.get(clock, 0.0), self.earlier.get(clock, 0.0))
-        learned = config.safety_factor * longest
+        learned = config.safety_factor * self._survived(clock)
         if self.is_learned(clock):
             return max(learned, min(config.min_timeout, configured or math.inf))
         if configured is not None:
             return configured
-        if not (self.is_watching or self.calculate or self.asked):
+        if not (self.learns or config.is_watching()):
             return math.inf
         unknown = EXIT_SECONDS if clock == EXIT else UNKNOWN_SECONDS
         return max(learned, config.unknown_timeout or unknown)
 
     def limits(self) -> dict[str, float]:
         """The finite limits, by clock."""
-        names = sorted({*self.configured, *self.running, *self.laps, *self.earlier})
-        limits = {name: round(self.limit(name), 3) for name in names}
+        names = {*self.configured, *self.running, *self.longest, *self.earlier}
+        limits = {name: round(self.limit(name), 3) for name in sorted(names)}
         return {name: seconds for name, seconds in limits.items() if math.isfinite(seconds)}
 
     def first(self) -> tuple[str, float]:
-        """The clock that runs out first, and when; ("", infinity) where none runs."""
-        deadlines = [(since + self.limit(clock), clock) for clock, since in self.running.items()]
-        deadline, clock = min(deadlines, default=(math.inf, ""))
-        return clock, deadline
+        """The clock that runs out first, and when; ("", infinity) if none does."""
+        ends = {clock: since + self.limit(clock) for clock, since in self.running.items()}
+        return min(ends.items(), key=lambda item: item[1], default=("", math.inf))
 
 
 # --------------------------------------------------------------------------- reports and state
@@ -628,7 +519,7 @@ class End(str, enum.Enum):
 
 @dataclasses.dataclass
 class Report:
-    """How a rank does, at most a second old, and how it ended. Times are since the epoch."""
+    """How a rank does, and how it ended. Times are since the epoch."""
 
     rank: int
     attempt: int = 0
@@ -636,49 +527,51 @@ class Report:
     launcher_pid: int | None = None
     monitor_pid: int | None = None
     pid: int | None = None
-    started: float | None = None
-    connected: float | None = None
-    first_heartbeat: float | None = None
-    heartbeat: float | None = None  # the last one
-    error_time: float | None = None
-    ended: float | None = None
-    first_step: int | None = None  # of the first heartbeat
-    step: int | None = None  # of the last heartbeat
-    saved: int | None = None  # step of the newest checkpoint that this rank has reported
-    sections: list[str] = dataclasses.field(default_factory=list)  # that are open
-    clock: str | None = None  # that runs out first
-    clock_since: float | None = None
-    clock_limit: float | None = None  # seconds
-    request: dict[str, str] | None = None  # workload control: action, reason
-    calculate: bool = False  # whether limits are learned
-    state_file: str | None = None  # where what was learned is kept
-    longest: dict[str, float] = dataclasses.field(default_factory=dict)  # seconds, by clock
-    limits: dict[str, float] = dataclasses.field(default_factory=dict)  # seconds, by clock
-    learned: list[str] = dataclasses.field(default_factory=list)  # clocks with learned limits
-    complete: bool = False  # training is, as far as this rank knows
+    started: Seconds = None
+    connected: Seconds = None
+    first_heartbeat: Seconds = None
+    heartbeat: Seconds = None  # the last
+    error_time: Seconds = None
+    ended: Seconds = None
+    first_step: int | None = None
+    step: int | None = None  # the last
+    saved: int | None = None  # step of the newest checkpoint
+    sections: list[str] = dataclasses.field(default_factory=list)  # open
+    waiting: str = ""  # for what, how long, and the limit: of the clock that runs out first
+    request: dict[str, str] | None = None  # action, reason
+    calculate: bool = False  # as init said
+    state_file: str | None = None
+    longest: dict[str, float] = dataclasses.field(default_factory=dict)  # seconds by clock
+    limits: dict[str, float] = dataclasses.field(default_factory=dict)
+    learned: list[str] = dataclasses.field(default_factory=list)  # clocks
     over: bool = False  # the script's main thread has ended
-    error: str | None = None  # the exception that ended it, or went through it
+    error: str | None = None  # the last exception told of
     end: End = End.RUNNING
     reason: str | None = None  # why the monitor ended it
     hung_on: str | None = None  # the clock that ran out
-    waited: float | None = None  # seconds on that clock
-    state: str | None = None  # of the process before the monitor ended it: R, S, D, T ...
-    stacks: bool | None = None  # whether it wrote its stacks then; None: it was not asked
-    oom_kills: int = 0  # in its control group, or else on this host, while it ran
+    waited: Seconds = None  # on that clock
+    state: str | None = None  # of its process then: R, S, D, T ...
+    stacks: bool | None = None  # whether it wrote its stacks then; None: not asked
+    oom_kills: int = 0  # in its control group, or on its host, while it ran
     status: int | None = None  # exit code, or -N for signal N
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Report:
         """Raises OSError, or ValueError for what is no report."""
-        names = {field.name for field in dataclasses.fields(cls)}
         try:
             with open(path, encoding="utf-8") as file:
                 values = json.load(file)
-            report = cls(**{name: value for name, value in values.items() if name in names})
+            report = cls(**values)
             report.rank, report.end = int(report.rank), End(report.end)
         except BROKEN as error:
             raise ValueError(f"{path} holds no report: {error!r}") from None
         return report
+
+
+def parse_longest(values: Any) -> dict[str, float]:
+    if not isinstance(values, dict):
+        raise ConfigError(f"longest: got {values!r}, expected seconds by clock")
+    return {str(clock): parse_number(seconds) for clock, seconds in values.items()}
 
 
 @dataclasses.dataclass
@@ -686,9 +579,9 @@ class State:
     """What runs have learned of how long things take, kept in ft_state.json."""
 
     longest: dict[str, float] = dataclasses.field(default_factory=dict)  # seconds, by clock
-    # By clock, the step at which its limit last ended a rank; forgotten with the first step beyond.
-    killed: dict[str, int] = dataclasses.field(default_factory=dict)
-    run: str = ""  # the launcher that wrote last
+    # By clock: at which step its limit last ended a rank, until there is a higher one; and when.
+    killed: dict[str, tuple[int, float]] = dataclasses.field(default_factory=dict)
+    run: str = ""  # that wrote last, on whichever node
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> State:
@@ -696,7 +589,8 @@ class State:
         try:
             with open(path, encoding="utf-8") as file:
                 values = json.load(file)
-            killed = {str(clock): int(step) for clock, step in values["killed"].items()}
+            ended = values["killed"].items()
+            killed = {str(clock): (int(step), float(at)) for clock, (step, at) in ended}
             return cls(parse_longest(values["longest"]), killed, str(values["run"]))
         except FileNotFoundError:
             return cls()
@@ -704,70 +598,53 @@ class State:
             raise ConfigError(f"{path} holds no state: {error!r}") from None
 
     def after(self, reports: Sequence[Report], run: str) -> State:
-        """This state and what the reports of an attempt add to it.
+        """This state, and what an attempt adds: what other runs saw of the same clocks fades.
 
-        What another run has learned fades where this one has seen the same clock. A limit that
-        ended ranks twice with no new step in between does not fit: it counts as survived, so that
-        the next is longer. A real hang that comes again is only noticed later then.
+        A limit that ended ranks twice with no new step in between counts as survived, so that the
+        next is longer: if it was a real hang, the next is noticed later.
         """
         fade = 1.0 if run == self.run else FADE
-        longest = dict(self.longest)
-        seen = [item for report in reports for item in report.longest.items()]
-        for clock in {clock for clock, _ in seen}:
-            longest[clock] = round(longest.get(clock, 0.0) * fade, 3)
-        for clock, seconds in seen:
-            longest[clock] = max(seconds, longest[clock])
         highest = max((report.step for report in reports if report.step is not None), default=-1)
-        killed = {clock: step for clock, step in self.killed.items() if step >= highest}
-        hung = [(r.hung_on, r.waited) for r in reports if r.hung_on and r.waited]
-        for clock, waited in hung:
-            if clock in killed:
-                longest[clock] = max(longest.get(clock, 0.0), waited)
-        return State(longest, {**killed, **dict.fromkeys(dict(hung), highest)}, run)
+        killed = {clock: x for clock, x in self.killed.items() if x[0] >= highest}
+        longest: dict[str, float] = {}
+        for report in reports:
+            survived = dict(report.longest)
+            # Not on another node in the same attempt.
+            if (
+                report.hung_on in killed
+                and (report.started or math.inf) > killed[report.hung_on][1]
+            ):
+                survived[report.hung_on] = report.waited or 0.0
+            for clock, seconds in survived.items():
+                known = longest.get(clock, round(self.longest.get(clock, 0.0) * fade, 3))
+                longest[clock] = max(seconds, known)
+        for report in reports:
+            if report.hung_on:
+                step, _ = killed.get(report.hung_on, (highest, 0.0))
+                killed[report.hung_on] = max(step, highest), report.ended or 0.0
+        return State({**self.longest, **longest}, killed, run)
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Raises OSError."""
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        write_file(path, to_text({**dataclasses.asdict(self), "time": stamp}, indent=2))
+        write_file(path, to_text(dataclasses.asdict(self), indent=2))
 
 
 # --------------------------------------------------------------------------- the rank's end
 
 
 class RankMonitorClientError(RuntimeError):
-    """The client was used in a way that cannot work; the message says what to do."""
+    """A call that cannot work; the message says what to do."""
 
 
-@dataclasses.dataclass(frozen=True)
-class HeartbeatTimeouts:
-    """The limits of heartbeats in force, in seconds; None is none. Names as NVIDIA's."""
-
-    initial: float | None
-    subsequent: float | None
-    were_calculated: bool
-
-    @property
-    def are_valid(self) -> bool:
-        return None not in (self.initial, self.subsequent)
-
-
-@dataclasses.dataclass(frozen=True)
-class SectionTimeouts:
-    """The limits of sections in force, in seconds; None is none. Names as NVIDIA's."""
-
-    section: Mapping[str, float | None]
-    out_of_section: float | None
-    calculated_sections: frozenset[str]
-    is_out_of_section_calculated: bool
-
-    @property
-    def were_calculated(self) -> bool:
-        return self.is_out_of_section_calculated and self.calculated_sections == set(self.section)
-
-    @property
-    def are_valid(self) -> bool:
-        return None not in (*self.section.values(), self.out_of_section)
+# Limits in force, in seconds; None is none.
+HeartbeatTimeouts = collections.namedtuple(
+    "HeartbeatTimeouts", "initial subsequent were_calculated are_valid"
+)
+SectionTimeouts = collections.namedtuple(
+    "SectionTimeouts",
+    "section out_of_section calculated_sections is_out_of_section_calculated "
+    "were_calculated are_valid",
+)
 
 
 class RankMonitorClient:
@@ -779,20 +656,23 @@ class RankMonitorClient:
             train(batch)
             client.send_heartbeat(step)
 
-    Nothing waits for the monitor: when it does not read, heartbeats are dropped, and all else is
-    kept for later. Nothing is measured here: the monitor does that. A copy is a new client.
+    Each method sends what the table of messages tells. Nothing waits for the monitor: when it does
+    not read, heartbeats are dropped, and all else is kept for later. A copy is a new client.
     """
+
+    _protects_workers = False  # in this process
 
     def __init__(self) -> None:
         self.is_initialized = False
-        self.cfg: FaultToleranceConfig | None = None  # from init_workload_monitoring() on
+        self.cfg: FaultToleranceConfig | None = None  # once connected
         self.open_sections: set[str] = set()
-        self._pipe = -1  # file descriptor; stays open for the next connection
-        self._pid = 0  # of the process that connected; its forks have inherited this object
-        self._given: dict[str, float] = {}  # by load_state_dict()
-        self._earlier: dict[str, float] = {}  # that, and what is in state_file
-        self._lock = threading.RLock()  # threads and signal handlers may have something to say too
-        # What must not get lost while a frozen monitor leaves the pipe full.
+        self._pipe = -1
+        self._pid = 0  # of the process that connected: a fork inherits this object
+        self.stop_signal: str | None = None  # the last that came
+        self._handlers: dict[int, Any] = {}  # the script's own, for SAVE_SIGNALS
+        self._interrupted_at = math.inf  # when the first SIGINT came, monotonic
+        self._earlier: dict[str, float] = {}  # given to load_state_dict()
+        self._lock = threading.RLock()  # for threads, and again in signal handlers
         self._unsent: collections.deque[bytes] = collections.deque(maxlen=10_000)
 
     def __reduce__(self) -> Any:
@@ -804,33 +684,30 @@ class RankMonitorClient:
         calculate_timeouts: bool = False,
         state_file: str | os.PathLike[str] | None = None,
     ) -> None:
-        """Connect to the monitor.
+        """Connect. With `calculate_timeouts`, limits are learned, and kept in `state_file`.
 
-        With `calculate_timeouts`, limits are learned from what this rank does, and kept in
-        `state_file` for later runs. `num_warmup_iters` is NVIDIA's, without a meaning here: what
-        is slow at first is a section. Raises RankMonitorClientError without a monitor, or when
-        connected already.
+        `num_warmup_iters` is NVIDIA's: here, what is slow at first is a section. Raises
+        RankMonitorClientError without a monitor, or when connected already.
         """
         if self.is_initialized:
             raise RankMonitorClientError("connected already: call shutdown_workload_monitoring()")
         path = None if state_file is None else os.path.abspath(state_file)
-        self.cfg = FaultToleranceConfig.from_environment()
+        self.cfg = FaultToleranceConfig.load()
         if self._pid != os.getpid():
             self._pipe, self._pid = connect(), os.getpid()
             self._announce_the_end()
         self.is_initialized = True
         self._send("init", calculate=calculate_timeouts, state_file=path)
-        state: Any = State()
+        earlier = self._earlier
         if path and calculate_timeouts:
             state = within(FILE_SECONDS, lambda: State.read(path))
-        if isinstance(state, State):
-            self._earlier = {**state.longest, **self._given}
-        else:
-            warn(f"starting without what was learned: {state or f'{path} does not answer'}")
-        self._send_earlier()
+            if isinstance(state, State):
+                earlier = {**state.longest, **earlier}
+            else:
+                warn(f"starting without what was learned: {state or f'{path} does not answer'}")
+        self._send_learned(earlier)
 
     def send_heartbeat(self, step: int | None = None) -> None:
-        """Say that this rank is alive, with the number of batches done where it is known."""
         if not self.is_initialized:
             raise RankMonitorClientError(NOT_CONNECTED)
         # By hand: json.dumps takes longer than all the rest.
@@ -841,19 +718,18 @@ class RankMonitorClient:
         try:
             os.write(self._pipe, line)
         except BlockingIOError:
-            pass  # the monitor does not read: frozen, or its host overloaded
+            pass  # the monitor is frozen, or its host overloaded
         except OSError:
             self._reopen()
 
     def start_section(self, section: str) -> None:
-        """Enter a named section. Sections may overlap, but each name can be open only once."""
+        """Sections may overlap, but each name can be open only once."""
         if section in self.open_sections:
             raise RankMonitorClientError(f"section {section!r} is open: call end_section() first")
         self._send("section", name=section, open=True)
         self.open_sections.add(section)
 
     def end_section(self, section: str) -> None:
-        """Leave a named section, which must be open."""
         if section not in self.open_sections:
             raise RankMonitorClientError(f"section {section!r} is not open: call start_section()")
         self._send("section", name=section, open=False)
@@ -864,21 +740,17 @@ class RankMonitorClient:
             self.end_section(section)
 
     def report_saved(self, step: int, checkpoint: str | os.PathLike[str] | None = None) -> None:
-        """Say that the checkpoint of `step` is safely on disk, at this path."""
         self._send("saved", step=int(step), checkpoint=checkpoint and os.fspath(checkpoint))
 
     def training_complete(self, **values: Any) -> None:
-        """Say that training is complete. When the script ends well, the monitor creates the file
-        $FAULT_TOL_FINISHED_FLAG_FILE, with these values as JSON."""
+        """When the script ends well, $FAULT_TOL_FINISHED_FLAG_FILE will hold these values."""
         flag = os.environ.get(FLAG_VARIABLE)
         self._send("complete", flag=flag and os.path.abspath(flag), values=values)
 
     def report_error(self, error: BaseException) -> None:
-        """Tell of an exception that may end the script."""
         self._send("error", error=describe_error(error))
 
     def send_workload_control_request(self, req: WorkloadControlRequest) -> None:
-        """Ask the launcher for an action, which it takes when this attempt ends."""
         self._send("request", action=req.action.name, reason=req.description)
 
     def shutdown_workload_monitoring(self) -> None:
@@ -888,6 +760,73 @@ class RankMonitorClient:
             self.is_initialized = False
             self.open_sections.clear()
 
+    # -- a request to stop
+
+    def stop_requested(self) -> str | None:
+        """The signal that asks to save and end with exit code 0, such as "SIGTERM", or None.
+
+        Call it once in the main thread before DataLoader workers start, and after each step. From
+        the first call on, these signals are only noted, but for a second Ctrl-C; handlers that were
+        installed before are called too. Ranks must agree on a step: not all may have got one.
+        """
+        if not self.is_initialized:
+            raise RankMonitorClientError(NOT_CONNECTED)
+        if not self._handlers:
+            self.protect_workers()
+            self.catch_signals()
+        return self.stop_signal
+
+    def catch_signals(self) -> None:
+        """Note the signals that ask to stop, until somebody installs other handlers."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        self.stop_signal, self._interrupted_at = None, math.inf
+        for number in SAVE_SIGNALS:
+            own = signal.getsignal(number)
+            if own not in (None, self._note_signal):  # None: set by C code, which is left alone
+                self._handlers[number] = own
+                signal.signal(number, self._note_signal)
+
+    def _note_signal(self, number: int, frame: Any) -> None:
+        if os.getpid() != self._pid:  # a fork of this rank
+            if number == signal.SIGTERM:
+                os._exit(128 + number)
+            return
+        self.stop_signal = signal.Signals(number).name
+        own, now = self._handlers[number], time.monotonic()
+        if number == signal.SIGINT:
+            self._interrupted_at = min(now, self._interrupted_at)
+        # One Ctrl-C may arrive more than once, from the terminal and from the monitor.
+        is_first = now < self._interrupted_at + 1.0
+        if callable(own) and not (own is signal.default_int_handler and is_first):
+            own(number, frame)
+
+    @staticmethod
+    def protect_workers() -> None:
+        """Keep signals to all processes from ending DataLoader workers before a rank has saved.
+
+        Those that are forked: multiprocessing's other ways start them without us.
+        """
+        if not RankMonitorClient._protects_workers:
+            RankMonitorClient._protects_workers = True
+            os.register_at_fork(after_in_child=RankMonitorClient._protect_this_worker)
+
+    @staticmethod
+    def _protect_this_worker() -> None:
+        if sys._getframe(1).f_globals.get("__name__") != "multiprocessing.popen_fork":
+            return  # it may exec another program, which would inherit the mask
+        parent, term = os.getppid(), [signal.SIGTERM]
+        for number in (signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, lambda number, frame: None)
+        signal.pthread_sigmask(signal.SIG_BLOCK, term)
+
+        def wait() -> None:
+            while signal.sigwaitinfo(term).si_pid != parent:
+                pass
+            os._exit(0)  # its parent calls terminate()
+
+        threading.Thread(target=wait, daemon=True).start()
+
     # -- limits, which the monitor learns
 
     @property
@@ -896,8 +835,9 @@ class RankMonitorClient:
         if not self.is_initialized:
             return None
         report = self._report()
-        limits, learned = report.limits, report.learned
-        return HeartbeatTimeouts(limits.get(INITIAL), limits.get(HEARTBEAT), HEARTBEAT in learned)
+        initial, subsequent = report.limits.get(INITIAL), report.limits.get(HEARTBEAT)
+        are_valid = None not in (initial, subsequent)
+        return HeartbeatTimeouts(initial, subsequent, HEARTBEAT in report.learned, are_valid)
 
     @property
     def section_timeouts(self) -> SectionTimeouts | None:
@@ -905,59 +845,40 @@ class RankMonitorClient:
         if not self.is_initialized:
             return None
         report = self._report()
-        limits, learned = report.limits, report.learned
-        sections = {section_of(clock): seconds for clock, seconds in limits.items()}
-        sections.pop("", None)
-        calculated = frozenset(map(section_of, learned)) - {""}
-        outside = limits.get(OUT_OF_SECTION)
-        return SectionTimeouts(sections, outside, calculated, OUT_OF_SECTION in learned)
+        limits = {section_of(clock): x for clock, x in report.limits.items() if section_of(clock)}
+        learned = frozenset(map(section_of, report.learned)) - {""}
+        outside = report.limits.get(OUT_OF_SECTION)
+        is_calculated = OUT_OF_SECTION in report.learned
+        are_all = is_calculated and learned == limits.keys()
+        is_valid = outside is not None
+        return SectionTimeouts(limits, outside, learned, is_calculated, are_all, is_valid)
 
-    def calculate_and_set_hb_timeouts(
-        self, skip_if_not_ready: bool = False, calc_initial: bool = True
-    ) -> bool:
-        """Let the limits of heartbeats be learned, as soon as one was seen. Returns True."""
-        return self._calculate([HEARTBEAT, *[INITIAL] * calc_initial])
+    def calculate_and_set_hb_timeouts(self, *args: Any, **kwargs: Any) -> bool:
+        """Let all limits be learned, whatever NVIDIA's arguments say."""
+        self._send("learned", longest={})
+        return True
 
-    def calculate_and_set_section_timeouts(
-        self,
-        selected_sections: Collection[str] | None = None,
-        calc_out_of_section: bool = True,
-        skip_if_not_ready: bool = False,
-    ) -> bool:
-        """The same for the limits of sections, by default of all."""
-        clocks = ["rank_section_timeouts"]
-        if selected_sections is not None:
-            clocks = [section_clock(section) for section in selected_sections]
-        return self._calculate([*clocks, *[OUT_OF_SECTION] * calc_out_of_section])
+    calculate_and_set_section_timeouts = calculate_and_set_hb_timeouts
 
     def state_dict(self) -> dict[str, Any]:
         """What a later run can be given by load_state_dict()."""
         return {"longest": State(self._earlier).after([self._report()], "this run").longest}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Learn limits from what an earlier run has seen, before or after connecting.
-
-        Raises ConfigError (a ValueError) for a state that is not one.
-        """
+        """Learn limits from what an earlier run has seen. Raises ConfigError, a ValueError."""
         if "longest" in state:
-            self._given = parse_longest(state["longest"])
-            self._earlier = {**self._earlier, **self._given}
+            self._earlier = parse_longest(state["longest"])
         elif state:
             warn("ignoring a state that is not ours, such as NVIDIA's: limits are learned again")
         if self.is_initialized:
-            self._send_earlier()
+            self._send_learned(self._earlier)
 
-    def _send_earlier(self) -> None:
-        for clock, seconds in self._earlier.items():
+    def _send_learned(self, longest: Mapping[str, float]) -> None:
+        for clock, seconds in longest.items():  # one each: a message has a limited size
             self._send("learned", longest={clock: seconds})
 
-    def _calculate(self, clocks: list[str]) -> bool:
-        for clock in clocks:  # one each: a message has a limited size
-            self._send("calculate", clock=clock)
-        return True
-
     def _report(self) -> Report:
-        """What the monitor has written, or would write before it hears of anything."""
+        """The monitor's, or what it will write first."""
         try:
             return Report.read(evidence_path("json"))
         except (OSError, ValueError):
@@ -980,7 +901,7 @@ class RankMonitorClient:
                 except OSError as error:
                     self._unsent.appendleft(message)
                     if isinstance(error, BlockingIOError):
-                        return  # the monitor does not read: training goes on
+                        return
                     self._reopen()
 
     def _reopen(self) -> None:
@@ -988,7 +909,7 @@ class RankMonitorClient:
         try:
             self._pipe = connect()
         except RankMonitorClientError:
-            self._unsent.clear()  # the monitor is gone, and the kernel ends this process with it
+            self._unsent.clear()  # the monitor has ended, and so will we
 
     def _announce_the_end(self) -> None:
         """Say bye when the main thread ends, also while other threads keep the process alive."""
@@ -1010,21 +931,18 @@ class RankMonitorClient:
 
 
 NOT_CONNECTED = "not connected: call init_workload_monitoring() first"
-NO_MONITOR = (
-    "this process was not started by ft_launcher: python ft_launcher.py --nproc-per-node=N SCRIPT"
-)
 
 
 def connect() -> int:
-    """A descriptor of our own for the pipe to the monitor, which can have our stacks from now on.
+    """The pipe to the monitor, which can have our stacks from now on.
 
-    faulthandler writes those even while the main thread is stuck in C code with the interpreter's
-    lock. Raises RankMonitorClientError.
+    faulthandler writes them even while the main thread is stuck in C code with the GIL.
     """
     import faulthandler
 
     if "FT_MONITOR_FD" not in os.environ:
-        raise RankMonitorClientError(NO_MONITOR)
+        command = "python ft_launcher.py --nproc-per-node=N SCRIPT"
+        raise RankMonitorClientError(f"this process was not started by ft_launcher: {command}")
     pipe = open_of_monitor("FT_MONITOR_FD", os.O_NONBLOCK)
     try:
         stacks = open_of_monitor("FT_STACKS_FD", os.O_APPEND)
@@ -1035,114 +953,69 @@ def connect() -> int:
 
 
 def open_of_monitor(variable: str, flags: int) -> int:
-    """A descriptor of our own for what the monitor has open.
-
-    Through the monitor's /proc, it is found whatever a wrapper (conda run) or the script has
-    closed. Its number is high: were it closed, files that are opened next get low ones, and no
-    heartbeat lands in them.
-    """
+    """A descriptor of our own for what the monitor has open: /proc knows it, even if a wrapper such
+    as conda run has closed ours. Its number is high: should the script close it and open files,
+    no heartbeat lands in them."""
     import fcntl
-    import resource
 
     path = f"/proc/{os.environ.get('FT_MONITOR_PID')}/fd/{os.environ.get(variable)}"
     try:
         low = os.open(path, os.O_WRONLY | flags)
-        most = min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 4096)
-        high = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, most // 2)
+        high = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 512)
     except OSError as error:
-        reason = "it has ended, or sudo or a container is in between: start the launcher inside"
-        raise RankMonitorClientError(
-            f"no rank monitor at {path}, {error.strerror}: {reason}"
-        ) from None
+        remedy = "it has ended, or start the launcher inside of your sudo or container"
+        text = f"no rank monitor at {path}, {error.strerror}: {remedy}"
+        raise RankMonitorClientError(text) from None
     os.close(low)
     return high
 
 
-def within(seconds: float, function: Callable[[], Any]) -> Any:
-    """What a function returns, or the OSError or ValueError it raises; None if it takes longer.
-
-    For file systems, which may never answer: the thread is left behind then.
-    """
-    results: list[Any] = []
-
-    def call() -> None:
-        try:
-            results.append(function())
-        except (OSError, ValueError) as error:
-            results.append(error)
-
-    thread = threading.Thread(target=call, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return results[0] if results else None
-
-
-def warn(text: str) -> None:
-    import logging
-
-    logging.getLogger("ft_monitor").warning("%s", text)
-
-
 def is_library(file: str) -> bool:
-    """Whether a line of a stack is Python's, an installed package's or ours, not the user's."""
+    """Whether a file is Python's, an installed package's or ours, not the user's."""
     is_ours = os.path.basename(file) in ("ft_monitor.py", "ft_callback.py")
-    return (
-        is_ours or file.startswith(("<frozen", os.path.dirname(os.__file__))) or "-packages" in file
-    )
+    pythons = ("<frozen", os.path.dirname(os.__file__))
+    return is_ours or file.startswith(pythons) or "-packages" in file
 
 
 def describe_error(error: BaseException) -> str:
-    """An exception and the user's line that it came from, in one line.
-
-    What failed in a DataLoader worker is the last line of its text, below the worker's traceback.
-    """
+    """In one line, without colours; and the user's line that it came from."""
     import re
     import traceback
 
+    text = re.sub(r"\x1b\[[0-9;]*m", "", f"{type(error).__name__}: {error}").strip()
+    if "Traceback (most recent call last)" in text:  # a DataLoader worker's: its last line tells
+        text = " ... ".join([text.splitlines()[0], text.splitlines()[-1]])
+    text = " ".join(text.removesuffix(":").split())
+    text = text if len(text) <= 1000 else f"{text[:500]} ... {text[-500:]}"
     frames = traceback.extract_tb(error.__traceback__)
-    users = [frame for frame in frames if not is_library(frame.filename)]
-    text = re.sub(r"\x1b\[[0-9;]*m", "", f"{type(error).__name__}: {error}")  # without colours
-    lines = [" ".join(line.split()) for line in text.removesuffix(": ").strip().splitlines()]
-    text = " ".join(lines)
-    if len(text) > 300:
-        text = f"{text[:300]}..." if len(lines) == 1 else f"{lines[0][:150]} ... {lines[-1][:150]}"
-    for frame in users[-1:]:
+    for frame in [frame for frame in frames if not is_library(frame.filename)][-1:]:
         text += f" ({os.path.basename(frame.filename)}:{frame.lineno} in {frame.name})"
     return text
 
 
-def section_of(clock: str) -> str:
-    """The section that a clock is of; empty if it is of none."""
-    return clock.partition("[")[2][:-1]
-
-
 def rank_number() -> int:
-    """This process's rank, as torchrun or srun gives it; 0 without them."""
-    text = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
-    return int(text) if text.isdecimal() else 0
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
 
 
 def attempt_number() -> int:
-    text = os.environ.get("FT_ATTEMPT") or "0"
-    return int(text) if text.isdecimal() else 0
+    return int(os.environ.get("FT_ATTEMPT") or 0)
 
 
 def evidence_path(kind: str) -> str:
-    """This rank's file in the evidence of this attempt, of kind "json" or "stacks.txt"."""
+    """Where this rank's report (json) or stacks (stacks.txt) are."""
     directory = os.environ.get("FT_RUN_DIR", "")
     return os.path.join(directory, f"attempt_{attempt_number()}", f"rank{rank_number()}.{kind}")
 
 
 def progress_files() -> list[str]:
-    """Where the newest checkpoint is noted: for later attempts, and under autoresume.sh for later
-    runs, as {"step", "checkpoint", "time", "by"}."""
+    """Where the newest checkpoint is noted for later attempts and, under autoresume.sh, runs."""
     flag = os.environ.get(FLAG_VARIABLE)
     here = os.path.join(os.environ.get("FT_RUN_DIR") or default_run_dir(), "progress.json")
     return [here, f"{flag}.progress"] if flag else [here]
 
 
 def default_run_dir() -> str:
-    """Below it, each launcher keeps the evidence of its run, and a monitor without one its own."""
+    """Below it, each launcher, or monitor without one, has a directory of its own."""
     return os.path.join(os.environ.get("TMPDIR") or "/tmp", f"ft_runs_{os.getuid()}")
 
 
@@ -1150,9 +1023,8 @@ def default_run_dir() -> str:
 
 
 def process_control(option: int, value: int) -> None:
-    """prctl(2) for this process; elsewhere than on Linux, nothing."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+    """prctl(2) for this process."""
+    ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
 def send(pid: int, number: int, how: Callable[[int, int], None] = os.kill) -> None:
@@ -1164,10 +1036,7 @@ def send(pid: int, number: int, how: Callable[[int, int], None] = os.kill) -> No
 
 
 def send_to_main_thread(pid: int, number: int) -> None:
-    """A stopped process that is continued handles this before its main thread goes on.
-
-    A signal to the process is handled by any of its threads, while the others go on.
-    """
+    """A signal to the process is handled by any thread, while others, if it was stopped, go on."""
     try:
         ctypes.CDLL(None).tgkill(pid, pid, number)
     except AttributeError:  # glibc has it since 2.30
@@ -1175,19 +1044,13 @@ def send_to_main_thread(pid: int, number: int) -> None:
 
 
 def descendants(pid: int) -> list[int]:
-    """The processes that descend from a process and still run; zombies do not count. Linux only.
-
-    Those of a subreaper stay its descendants, whatever session they make for themselves.
-    """
+    """What descends from a process and still runs; from a subreaper, in whatever session."""
     children: dict[int, list[tuple[int, bytes]]] = {}
-    for name in filter(str.isdigit, os.listdir("/proc") if sys.platform == "linux" else []):
-        try:
-            with open(f"/proc/{name}/stat", "rb") as file:
-                # proc(5): pid (comm) state ppid ...; comm may hold spaces and parentheses
-                state, parent = file.read().rpartition(b")")[2].split()[:2]
-        except (OSError, ValueError):
-            continue  # it ended meanwhile
-        children.setdefault(int(parent), []).append((int(name), state))
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        # proc(5): pid (comm) state ppid ...; comm may hold spaces and parentheses
+        fields = read_kernel(f"/proc/{name}/stat").rpartition(b")")[2].split()
+        if fields:
+            children.setdefault(int(fields[1]), []).append((int(name), fields[0]))
     found, queue = [], [pid]
     while queue:
         young = children.get(queue.pop(), [])
@@ -1197,11 +1060,11 @@ def descendants(pid: int) -> list[int]:
 
 
 def kill_descendants(mark: bytes = b"") -> list[int]:
-    """SIGKILL all that descends from this process, or was started with a mark such as b"NAME=value"
-    in its environment; return what does not end (D state)."""
+    """SIGKILL what descends from this process, and has `mark` in the environment that it began
+    with; return what does not end (D state)."""
     deadline = time.monotonic() + REAP_SECONDS
     while True:
-        left = [pid for pid in descendants(os.getpid()) if not mark or has_mark(pid, mark)]
+        left = [x for x in descendants(os.getpid()) if mark in read_kernel(f"/proc/{x}/environ")]
         for pid in left:
             send(pid, signal.SIGKILL)
         if not left or time.monotonic() > deadline:
@@ -1209,43 +1072,60 @@ def kill_descendants(mark: bytes = b"") -> list[int]:
         time.sleep(0.005)
 
 
-def has_mark(pid: int, mark: bytes) -> bool:
+def read_kernel(path: str) -> bytes:
+    """A file in /proc or /sys; empty where there is none."""
     try:
-        with open(f"/proc/{pid}/environ", "rb") as file:
-            return mark in file.read().split(b"\0")
+        with open(path, "rb") as file:
+            return file.read()
     except OSError:
-        return False
+        return b""
+
+
+def kernel_value(path: str, name: str) -> str:
+    """What follows `name` in its line of such a file; else empty."""
+    lines = read_kernel(path).decode(errors="replace").splitlines()
+    return next((line.removeprefix(name).strip() for line in lines if line.startswith(name)), "")
 
 
 def process_status(pid: int, name: str) -> str:
-    """A line of /proc/PID/status, such as State or SigCgt; empty where there is none."""
-    try:
-        with open(f"/proc/{pid}/status", errors="replace") as file:
-            return next((x.partition(":")[2].strip() for x in file if x.startswith(f"{name}:")), "")
-    except OSError:
-        return ""  # it ended, or this is no Linux
+    """A line of /proc/PID/status, such as State or SigCgt."""
+    return kernel_value(f"/proc/{pid}/status", f"{name}:")
 
 
 def oom_kills() -> int:
-    """How many processes the kernel has killed for want of memory: of this control group (v2), or
-    else of this host."""
-    counters = ["/proc/vmstat"]
-    try:
-        with open("/proc/self/cgroup") as file:
-            paths = [line.strip().removeprefix("0::") for line in file if line.startswith("0::")]
-        counters[:0] = [f"/sys/fs/cgroup{path}/memory.events" for path in paths]
-    except OSError:
-        pass  # not Linux
-    for counter in counters:
-        try:
-            with open(counter) as file:
-                return int(dict(line.split() for line in file)["oom_kill"])
-        except (OSError, KeyError, ValueError):
-            continue  # not mounted here, or an older kernel
-    return 0
+    """Kills for want of memory so far, in this control group (v2), or else on this host."""
+    group = kernel_value("/proc/self/cgroup", "0::")
+    counters = (f"/sys/fs/cgroup{group}/memory.events", "/proc/vmstat")
+    return int(next(filter(None, (kernel_value(path, "oom_kill ") for path in counters)), 0))
 
 
 # ---------------------------------------------------------------------------------------- files
+
+
+def within(seconds: float, function: Callable[[], Any]) -> Any:
+    """What a function returns, or the OSError or ValueError it raises; None if it takes longer, as
+    where a file system hangs, and its thread is left behind, or if no thread can be started."""
+    results: list[Any] = []
+
+    def call() -> None:
+        try:
+            results.append(function())
+        except (OSError, ValueError) as error:
+            results.append(error)
+
+    if (thread := start_thread(call)) is not None:
+        thread.join(seconds)
+    return results[0] if results else None
+
+
+def start_thread(function: Callable[..., Any], *args: Any) -> threading.Thread | None:
+    """None where the host or a control group allows no more of them."""
+    thread = threading.Thread(target=function, args=args, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:
+        return None
+    return thread
 
 
 def to_text(values: Mapping[str, Any], indent: int | None = None) -> str:
@@ -1253,10 +1133,7 @@ def to_text(values: Mapping[str, Any], indent: int | None = None) -> str:
 
 
 def write_file(path: str | os.PathLike[str], text: str, durable: bool = False) -> None:
-    """Write beside the file and rename, so that a reader never sees half of it.
-
-    `durable` survives a power cut too. Raises OSError, and leaves nothing behind then.
-    """
+    """Readers never see half of it; `durable` survives a power cut. Raises OSError."""
     directory, name = os.path.split(os.path.abspath(path))
     # Launchers in containers have the same pid on all nodes.
     beside = os.path.join(directory, f".{name}.{os.uname().nodename}.{os.getpid()}.tmp")
@@ -1273,127 +1150,115 @@ def write_file(path: str | os.PathLike[str], text: str, durable: bool = False) -
 
 
 class Writer:
-    """Writes each file in a thread: nobody waits for a file system, and no file for another's.
-
-    Of several texts for one file, the last counts. What cannot be written costs a line. A
-    directory that a cleaner has removed from /tmp is made again.
-    """
+    """Writes each file in a thread, as any file system may hang. The last text counts."""
 
     def __init__(self, log: Log) -> None:
         self._log = log
         self._texts: dict[str, str] = {}  # to be written, by path
         self._changed = threading.Condition()
-        self._has_failed: dict[str, bool] = {}  # by path, the last time
+        self._failed: set[str] = set()  # paths, the last time
 
     def put(self, path: str, text: str) -> None:
         with self._changed:
+            is_idle = path not in self._texts
             self._texts[path] = text
-            self._changed.notify_all()
-        if path not in self._has_failed:
-            self._has_failed[path] = False
-            threading.Thread(target=self._run, args=(path,), daemon=True).start()
+        if is_idle and start_thread(self._run, path) is None:
+            self._texts.pop(path)
 
-    def finish(self, seconds: float) -> bool:
-        """Wait until all is written, but not longer; return whether it is."""
+    def finish(self, seconds: float) -> None:
+        """Wait until all is written, but not longer."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._texts, seconds)
+            self._changed.wait_for(lambda: not self._texts, seconds)
 
     def _run(self, path: str) -> None:
         while True:
-            with self._changed:
-                self._changed.wait_for(lambda: path in self._texts)
-                text = self._texts[path]
-            self._write(path, text)
+            text = self._texts[path]
+            try:
+                os.makedirs(os.path.dirname(path), exist_ok=True)  # a cleaner may have removed it
+                write_file(path, text)
+                self._failed.discard(path)
+            except OSError as error:
+                if path not in self._failed:
+                    self._log.warning("cannot write %r: %s", path, error.strerror)
+                self._failed.add(path)
             with self._changed:
                 if self._texts[path] is text:
                     del self._texts[path]
-                self._changed.notify_all()
-
-    def _write(self, path: str, text: str) -> None:
-        try:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            write_file(path, text)
-            self._has_failed[path] = False
-        except OSError as error:
-            if not self._has_failed[path]:
-                self._log.warning("cannot write %r: %s", path, error.strerror)
-            self._has_failed[path] = True
+                    self._changed.notify_all()
+                    return
 
 
 class Log:
-    """This program's own lines on stderr, each begun with who speaks.
+    """Lines on stderr, each begun with who speaks. Nobody waits for a reader that has stopped."""
 
-    What reads them may have stopped, or be on a file system that hangs: nobody waits for it.
-    """
-
-    LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
-
-    def __init__(self, prefix: str, level: str = "INFO") -> None:
+    def __init__(self, prefix: str) -> None:
         self.prefix = prefix
-        self.lowest = self.LEVELS.index(level)
 
-    def _write(self, level: int, text: str, *values: Any) -> None:
-        if level < self.lowest:
-            return
+    def info(self, text: str, *values: Any) -> None:
         lines = (text % values if values else text).split("\n")
         data = "".join(f"[{self.prefix}] {line}\n" for line in lines).encode(errors="replace")
         within(LOG_SECONDS, lambda: os.write(2, data))
 
-    debug = functools.partialmethod(_write, 0)
-    info = functools.partialmethod(_write, 1)
-    warning = functools.partialmethod(_write, 2)
-    error = functools.partialmethod(_write, 3)
+    warning = error = info
+
+
+def warn(text: str) -> None:
+    import logging
+
+    logging.getLogger("ft_monitor").warning("%s", text)
 
 
 # -------------------------------------------------------------------------------------- monitor
 
-
-@dataclasses.dataclass
-class Ending:
-    """How a rank is being ended: see the table at the head of this file."""
-
-    end: End
-    reason: str
-    signal: int  # that it is sent first, unless that is SIGKILL
-    kill_at: float  # monotonic
-    to_rank_alone: bool = False  # DataLoader workers that end first would make it fail
-    wants_stacks: bool = False
-    may_save: bool = False  # only: a survivor is killed as soon as no checkpoint is being saved
-    is_killed: bool = False
+AWAITED = {  # what a rank has not done while a clock runs
+    STARTUP: "no connection after process start",
+    INITIAL: "no first heartbeat",
+    HEARTBEAT: "no heartbeat",
+    OUT_OF_SECTION: "outside of all sections",
+    EXIT: "no end of the process after the script's",
+}
+SIGNALS = (*STOP_SIGNALS, *PASSED_ON_SIGNALS, PEER_FAILED, PARENT_DIED, signal.SIGCHLD)
 
 
 class RankMonitor:
-    """One rank, from its start to its end: what it says, and what is done to it.
+    """One rank, from its start to its end: what it says, and what is done to it."""
 
-    `command` is the rank's command line; `grace` the seconds that a stopped rank has to end;
-    `launcher_pid`: whose death ends the rank, by default our parent's.
-    """
-
-    def __init__(
-        self,
-        command: Sequence[str],
-        config: FaultToleranceConfig,
-        log: Log,
-        grace: float = GRACE_SECONDS,
-        launcher_pid: int = 0,
-    ) -> None:
-        self.command = list(command)
+    def __init__(self, config: FaultToleranceConfig, log: Log) -> None:
         self.config = config
         self.log = log
-        self.grace = grace
-        self.report = Report(rank_number(), attempt_number(), os.uname().nodename)
-        self.report.launcher_pid = launcher_pid or os.getppid()
-        self.report.monitor_pid = os.getpid()
+        self.grace = float(os.environ.get("FT_SHUTDOWN_TIMEOUT") or GRACE_SECONDS)
+        host, launcher = os.uname().nodename, int(os.environ.get("FT_LAUNCHER_PID") or os.getppid())
+        self.report = Report(rank_number(), attempt_number(), host, launcher, os.getpid())
         self.report.oom_kills = -oom_kills()
+        self.pid = 0  # the rank's
         self.inbox = Inbox()
         self.stacks = Stacks()
         self.writer = Writer(log)
-        learned = os.environ.get("FT_LEARNED")
-        self.clocks = Clocks(config, time.monotonic(), json.loads(learned) if learned else None)
-        self.ending: Ending | None = None
+        learned = json.loads(os.environ.get("FT_LEARNED") or "null")
+        self.clocks = Clocks(config, time.monotonic(), learned)
+        self.warned: set[str] = set()  # of these clocks, at half of their time
+        self.written = -math.inf  # when the report was, monotonic
+        self.kill_at = math.inf  # monotonic, once the rank is being ended
         self.flag: tuple[str, str] | None = None  # path and text, once training is complete
 
-    def start(self) -> None:
+    def run(self, command: Sequence[str]) -> int:
+        """Start the rank, stay until it has ended, and return its exit code, or -N for signal N.
+
+        127 or 126, as from a shell, when its command cannot be started.
+        """
+        hold_signals()
+        process_control(PR_SET_CHILD_SUBREAPER, 1)  # whatever leaves the rank's session stays ours
+        self._start(command)
+        process_control(PR_SET_PDEATHSIG, PARENT_DIED)
+        if os.getppid() != self.report.launcher_pid:  # it died before, and no signal will come
+            os.kill(os.getpid(), PARENT_DIED)
+        while self.report.status is None and time.monotonic() < self.kill_at + REAP_SECONDS:
+            if time.monotonic() >= self.written + REPORT_SECONDS:
+                self._write_report()
+            self._turn()
+        return self._finish()
+
+    def _start(self, command: Sequence[str]) -> None:
         environment = {
             "PYTHONFAULTHANDLER": "1",  # a rank that crashes in C code leaves its stack
             **os.environ,
@@ -1404,40 +1269,50 @@ class RankMonitor:
         }
         for name in ("FT_LEARNED", "FT_LAUNCHER_PID"):
             environment.pop(name, None)  # which a monitor below the rank would take for its own
-        monitor = os.getpid()
-        self.report.started, self.report.pid = time.time(), os.fork()
-        if self.report.pid == 0:
-            become_rank(self.command, environment, monitor)
+        self.report.started = time.time()
+        self.pid = self.report.pid = os.fork()
+        if self.pid == 0:
+            become_rank(list(command), environment)
+        self.log.prefix += f" (pid {self.pid})"
 
-    @property
-    def pid(self) -> int:
-        return self.report.pid or 0
+    def _turn(self) -> None:
+        """Sleep until there may be something to do, and do it."""
+        now = time.monotonic()
+        wake_at = min(self._wake_at(), now + READ_SECONDS)
+        arrived = signal.sigtimedwait(SIGNALS, max(0.0, wake_at - now))
+        now = time.monotonic()
+        if now > wake_at + SUSPENDED_SECONDS and self.report.reason is None:
+            self.log.warning("woke %.1f s late: suspended", now - wake_at)
+            self.clocks.restart(now)
+        self.hear(now)
+        if arrived:
+            self._obey(arrived.si_signo)
+        self.report.status = reap(self.pid)
+        if self.report.status is None:
+            self._act(now)
 
     # -- what the rank says
 
-    def hear(self, now: float) -> bool:
-        """Take in what is in the pipe; return whether that is worth a report at once."""
+    def hear(self, now: float) -> None:
+        """Take in what is in the pipe."""
         skipped = self.inbox.skipped
-        is_news = False
         for message in self.inbox.read():
-            is_lap = message["type"] in ("heartbeat", "section")
-            is_news |= not is_lap
             # A hung rank that is continued for its stacks may finish what it was at: too late.
-            if not (is_lap and self.report.end == End.HUNG):
+            is_late = self.report.end == End.HUNG
+            if not is_late:
                 self.clocks.hear(message, now)
+            if not (is_late and message["type"] in ("heartbeat", "section")):
                 self._note(message, time.time() - (now - self.clocks.heard))
         if self.inbox.skipped and not skipped:
-            self.log.warning("%s: skipping what is no message on its pipe", self.who())
-        return is_news
+            self.log.warning("skipping what is no message on its pipe")
 
     def _note(self, message: Mapping[str, Any], at: float) -> None:
         """Let the report tell of a message; `at` is since the epoch."""
         report, kind = self.report, message["type"]
         if kind == "init":
             report.connected, report.error, report.error_time = at, None, None
-            report.complete = report.over = False  # one more fit: its end will tell
-            self.flag = None
             report.calculate, report.state_file = message["calculate"], message["state_file"]
+            report.over, self.flag = False, None  # one more fit: its end will tell
         elif kind == "heartbeat":
             report.heartbeat = at
             report.step = report.step if message["step"] is None else message["step"]
@@ -1445,116 +1320,142 @@ class RankMonitor:
                 report.first_heartbeat, report.first_step = at, report.step
         elif kind == "saved":
             report.saved = message["step"]
-            stamp, by = time.strftime("%Y-%m-%dT%H:%M:%S%z"), os.path.dirname(evidence_path("json"))
-            where = message["checkpoint"]
-            noted = to_text({"step": report.saved, "checkpoint": where, "time": stamp, "by": by})
-            for path in progress_files():
-                self.writer.put(os.path.abspath(path), noted)
+            self._note_progress(message["checkpoint"])
         elif kind == "request":
             report.request = {"action": message["action"], "reason": message["reason"]}
         elif kind == "complete":
-            report.complete = True
             self.flag = message["flag"] and (message["flag"], to_text(message["values"]))
         elif kind in ("error", "bye"):
             report.over = kind == "bye"
             if message["error"] is not None:
                 report.error, report.error_time = message["error"], report.error_time or at
 
+    def _note_progress(self, checkpoint: str | None) -> None:
+        stamp, by = time.strftime("%Y-%m-%dT%H:%M:%S%z"), os.path.dirname(evidence_path("json"))
+        values = {"step": self.report.saved, "checkpoint": checkpoint, "time": stamp, "by": by}
+        for path in progress_files():
+            self.writer.put(os.path.abspath(path), to_text(values))
+
     # -- what is done to it
 
-    def end_hung_rank(self, clock: str, now: float) -> None:
-        waited, limit = now - self.clocks.running[clock], self.clocks.limit(clock)
-        self.report.hung_on, self.report.waited = clock, round(waited, 3)
-        reason = f"hung: {waiting_for(clock)} for {waited:.1f} s{self.at_step()} "
-        kind = "learned limit" if self.clocks.is_learned(clock) else "limit"
-        reason += f"({kind} {limit:g} s, {flag_of(clock)})"
-        number = signal.Signals[self.config.rank_termination_signal]
-        kill_at = now if number == signal.SIGKILL else now + TERMINATION_SECONDS
-        self.begin(Ending(End.HUNG, reason, number, kill_at, wants_stacks=True), now)
-        self.log.warning("%s %s; sent %s", self.who(), reason, number.name)
+    def _obey(self, number: int) -> None:
+        launcher, patience = self.report.launcher_pid, self.config.workers_stop_timeout
+        is_stopped_next = not signal.sigpending().isdisjoint(STOP_SIGNALS)
+        if number == signal.SIGINT and self.report.reason is not None:  # Ctrl-C again
+            self.kill_at = min(self.kill_at, time.monotonic())
+        if number in STOP_SIGNALS:
+            reason = f"stopped by {signal.Signals(number).name}"
+            number = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
+            self._end(End.STOPPED, reason, number, self.grace)
+        elif number in PASSED_ON_SIGNALS:
+            send(self.pid, number)
+        elif number == PEER_FAILED and not is_stopped_next:  # which gives it more time
+            self._end(End.PEER_FAILED, "its peer failed", 0, patience)
+        # The kernel sends this also when only the launcher's thread that started us ends.
+        elif number == PARENT_DIED and os.getppid() != launcher:
+            reason = f"the launcher (pid {launcher}) is gone"
+            self._end(End.LAUNCHER_DIED, reason, 0, patience)
 
-    def stop(self, number: int, now: float) -> None:
-        if self.ending is not None and number == signal.SIGINT:  # Ctrl-C again
-            self.ending.kill_at = now
-        reason = f"stopped by {signal.Signals(number).name}"
-        kill_at = now + self.grace
-        self.begin(Ending(End.STOPPED, reason, number, kill_at, to_rank_alone=True), now)
+    def _end(self, end: End, reason: str, number: int, seconds: float) -> None:
+        """Begin to end the rank: by a signal, 0 for none, and by SIGKILL some seconds later.
 
-    def end_survivor(self, end: End, reason: str, now: float) -> None:
-        """It can only wait for who is gone, unless it is saving a checkpoint."""
-        self.hear(now)  # it may have begun to since the last look
-        kill_at = now + self.config.workers_stop_timeout
-        ending = Ending(end, reason, signal.SIGKILL, kill_at, wants_stacks=True, may_save=True)
-        self.begin(ending, now)
-
-    def begin(self, ending: Ending, now: float) -> None:
-        """Begin to end the rank, once: what comes on top of it does not cut its grace short."""
-        if self.ending is not None:
+        Once: what comes on top of it does not cut its grace short.
+        """
+        if self.report.reason is not None:
             return
-        self.ending = ending
-        self.report.end, self.report.reason = ending.end, ending.reason
-        if ending.wants_stacks:
+        self.report.end, self.report.reason = end, reason
+        self.kill_at = time.monotonic() + seconds
+        if end != End.STOPPED:
             self.report.state = process_status(self.pid, "State")[:1]
-            self.report.stacks = self.stacks.take(self.pid, ending.reason, is_ending=True)
-        if ending.signal != signal.SIGKILL:
-            send(self.pid, ending.signal, os.kill if ending.to_rank_alone else os.killpg)
-            send(self.pid, signal.SIGCONT, os.killpg)  # a stopped process takes no other signal
-        self.enforce(now)
+            self.report.stacks = self.stacks.take(self.pid, reason, is_ending=True)
+        # DataLoader workers that end before the rank would make it fail, not stop.
+        send(self.pid, number, os.kill if end == End.STOPPED else os.killpg)
+        send(self.pid, signal.SIGCONT, os.killpg)  # a stopped process takes no other signal
 
-    def enforce(self, now: float) -> None:
-        """Kill the rank if that is due."""
-        ending = self.ending
-        if ending is None or ending.is_killed:
+    def _wake_at(self) -> float:
+        """When the first clock, or half of its time, runs out; monotonic."""
+        if self.report.reason is not None:
+            return math.inf
+        clock, deadline = self.clocks.first()
+        since = self.clocks.running.get(clock, math.inf)
+        return deadline if clock in self.warned else (since + deadline) / 2
+
+    def _act(self, now: float) -> None:
+        if self.report.reason is not None:
+            self._kill_if_due(now)
             return
-        has_saved = ending.may_save and CHECKPOINTING not in self.clocks.sections
-        if has_saved or now >= ending.kill_at:
-            ending.is_killed, ending.kill_at = True, now
+        clock, deadline = self.clocks.first()
+        if now >= deadline:
+            self._end_hung_rank(clock, now)
+        elif now >= self._wake_at():
+            self.warned.add(clock)
+            what = self._waiting(now)
+            taken = self.stacks.take(self.pid, what, until=deadline)
+            self.log.warning("%s%s", what, "; its stacks are kept" if taken else "")
+
+    def _end_hung_rank(self, clock: str, now: float) -> None:
+        reason = f"hung: {self._waiting(now)}"
+        self.report.hung_on = clock
+        self.report.waited = round(now - self.clocks.running[clock], 3)
+        number = signal.Signals[self.config.rank_termination_signal]
+        self._end(End.HUNG, reason, number, TERMINATION_SECONDS)
+        self.log.warning("%s; sent %s", reason, number.name)
+
+    def _kill_if_due(self, now: float) -> None:
+        """A survivor can only wait for who is gone, unless it is saving a checkpoint."""
+        is_survivor = self.report.end in (End.PEER_FAILED, End.LAUNCHER_DIED)
+        if is_survivor and CHECKPOINTING not in self.clocks.sections:
+            self.kill_at = min(self.kill_at, now)
+        if now >= self.kill_at:
             send(self.pid, signal.SIGKILL, os.killpg)
 
-    def warn_at_half_time(self, clock: str, now: float) -> None:
-        waited, limit = now - self.clocks.running[clock], self.clocks.limit(clock)
-        what = f"{waiting_for(clock)} for {waited:.1f} s{self.at_step()}, limit {limit:g} s"
-        taken = self.stacks.take(self.pid, what, until=self.clocks.first()[1])
-        self.log.warning("%s: %s%s", self.who(), what, "; its stacks are kept" if taken else "")
+    def _waiting(self, now: float) -> str:
+        """Such as: no heartbeat for 3.1 s at step 80 (limit 4 s, --ft-rank-heartbeat-timeout)."""
+        clock, deadline = self.clocks.first()
+        if not clock:
+            return "monitoring rests"
+        section, since = section_of(clock), self.clocks.running[clock]
+        what = AWAITED.get(clock) or f"in section {section!r}"
+        step = "" if self.report.step is None else f" at step {self.report.step}"
+        kind = "learned limit" if self.clocks.is_learned(clock) else "limit"
+        flag = f"rank-section-timeouts={section}:SECONDS" if section else clock.replace("_", "-")
+        what = f"{what} for {now - since:.1f} s{step}"
+        limit = deadline - since
+        return f"{what} ({kind} {limit:g} s, --ft-{flag})" if limit < math.inf else what
 
-    def finish(self) -> int:
+    def _finish(self) -> int:
         """The rank is gone, or given up: clear up after it, and return its status."""
-        for number in (*STOP_SIGNALS, *PASSED_ON_SIGNALS, PEER_FAILED):
-            signal.signal(number, signal.SIG_IGN)  # from here on, the exit status is the rank's
         left = kill_descendants()
         if left:
-            self.log.error("%s: %s do not end after SIGKILL", self.who(), left)
+            self.log.error("%s do not end after SIGKILL", left)
         self.hear(time.monotonic())  # its last words
         report = self.report
-        report.status = -signal.SIGKILL if report.status is None else report.status
-        report.end = End.BY_ITSELF if report.end == End.RUNNING else report.end
         report.ended = time.time()
         report.oom_kills += oom_kills()
+        if report.status is None:
+            report.status = -signal.SIGKILL
+        if report.reason is None:
+            report.end = End.BY_ITSELF
         if report.over and report.status == 0:
             report.error = None  # the script has handled it
         # The exit code is the script's word; a signal after its end cuts short what hangs then.
         was_well = report.over and report.error is None and report.status < 0
         if self.flag and (report.status == 0 or was_well):
-            self._create_flag(*self.flag)
+            self.writer.put(*self.flag)
+        self._write_report()
+        self.writer.finish(FLAG_SECONDS if self.flag else FILE_SECONDS)
         return report.status
 
-    def _create_flag(self, path: str, text: str) -> None:
-        def create() -> bool:
-            write_file(path, text, durable=True)
-            return True
-
-        result = within(FLAG_SECONDS, create)
-        if result is not True:
-            why = result or "its file system does not answer"
-            self.log.error("training is complete, but cannot create %s: %s", path, why)
-
-    # -- words
-
-    def who(self) -> str:
-        return f"rank {self.report.rank} (pid {self.report.pid})"
-
-    def at_step(self) -> str:
-        return "" if self.report.step is None else f" at step {self.report.step}"
+    def _write_report(self) -> None:
+        report, clocks = self.report, self.clocks
+        self.written = time.monotonic()
+        report.sections = sorted(clocks.sections)
+        report.longest, report.limits = clocks.longest, clocks.limits()
+        report.learned = [clock for clock in report.limits if clocks.is_learned(clock)]
+        report.waiting = self._waiting(self.written)
+        self.writer.put(evidence_path("json"), to_text(dataclasses.asdict(report)))
+        if self.stacks.text:
+            self.writer.put(evidence_path("stacks.txt"), self.stacks.text)
 
 
 class Stacks:
@@ -1562,7 +1463,7 @@ class Stacks:
 
     def __init__(self) -> None:
         self.descriptor = os.memfd_create("ft_stacks") if hasattr(os, "memfd_create") else -1
-        self.text = ""  # all that it wrote, each time below a header; we rarely ask, so it is short
+        self.text = ""  # all that it wrote, each time below a header
 
     def take(
         self, pid: int, why: str, is_ending: bool = False, until: float = math.inf
@@ -1589,190 +1490,25 @@ class Stacks:
         return size > start
 
 
-class Loop:
-    """Sleeps until a signal, a message or a deadline, and lets the monitor act on it."""
-
-    def __init__(self, monitor: RankMonitor) -> None:
-        self.monitor = monitor
-        self.signals = catch_signals()  # read end of a pipe to which signals write their numbers
-        self.read_at = 0.0  # when the pipe is worth a look again, monotonic
-        self.written = -math.inf  # when the report was, monotonic
-        self.is_report_old = True
-        self.warned: tuple[str, float] | None = None  # the last clock, and its start, warned of
-        self.warnings_left = HALF_TIME_WARNINGS
-
-    def run(self) -> int:
-        """Start the rank, stay until it has ended, and return its exit code, or -N for signal N.
-
-        127 or 126, as from a shell, when its command cannot be started.
-        """
-        monitor = self.monitor
-        process_control(PR_SET_CHILD_SUBREAPER, 1)  # whatever leaves the rank's session stays ours
-        monitor.start()
-        process_control(PR_SET_PDEATHSIG, PARENT_DIED)
-        if os.getppid() != monitor.report.launcher_pid:  # it died before, and no signal will come
-            os.kill(os.getpid(), PARENT_DIED)
-        while monitor.report.status is None and not self._is_given_up():
-            self._turn()
-        status = monitor.finish()
-        self._write_report()
-        monitor.writer.finish(FILE_SECONDS)
-        return status
-
-    def _turn(self) -> None:
-        monitor = self.monitor
-        wake_at = self._wake_at()
-        self._sleep(wake_at)
-        now = time.monotonic()
-        if now > wake_at + SUSPENDED_SECONDS and monitor.ending is None:
-            monitor.log.warning("%s: woke %.1f s late: suspended", monitor.who(), now - wake_at)
-            monitor.clocks.restart(now)
-        self._obey(now)
-        if now >= self.read_at or now >= wake_at:
-            self._hear(now)
-        monitor.report.status = reap(monitor.pid)
-        if monitor.report.status is None:
-            self._enforce(now)
-        if self.is_report_old and now >= self.written + REPORT_SECONDS:
-            self._write_report()
-
-    def _is_given_up(self) -> bool:
-        ending = self.monitor.ending
-        if ending is None or not ending.is_killed:
-            return False
-        return time.monotonic() > ending.kill_at + REAP_SECONDS
-
-    def _wake_at(self) -> float:
-        """When there is something to do, if nothing happens before."""
-        ending = self.monitor.ending
-        if ending is not None:
-            return ending.kill_at + REAP_SECONDS * ending.is_killed
-        return min(self._half_time(), self.monitor.clocks.first()[1])
-
-    def _half_time(self) -> float:
-        """When half of the first clock has passed, if that is still to be warned of."""
-        clock, deadline = self.monitor.clocks.first()
-        since = self.monitor.clocks.running.get(clock, math.inf)
-        is_due = self.warnings_left > 0 and self.warned != (clock, since)
-        return (since + deadline) / 2 if is_due else math.inf
-
-    def _sleep(self, wake_at: float) -> None:
-        now = time.monotonic()
-        until = min(wake_at, now + 3600.0)
-        if self.is_report_old:
-            until = min(until, self.written + REPORT_SECONDS)
-        sources = [self.signals]
-        if now < self.read_at:
-            until = min(until, self.read_at)
-        else:
-            sources.append(self.monitor.inbox.read_end)
-        select.select(sources, [], [], max(0.0, until - now))
-
-    def _hear(self, now: float) -> None:
-        has_news = self.monitor.hear(now)
-        self.read_at = now + READ_SECONDS
-        self.is_report_old = True
-        if has_news:
-            self._write_report()
-
-    def _obey(self, now: float) -> None:
-        """Do what the signals say that have arrived."""
-        monitor = self.monitor
-        try:
-            arrived = set(os.read(self.signals, 4096))
-        except BlockingIOError:
-            return
-        # First what asks to stop: a failed peer does not cut its grace short.
-        for number in sorted(arrived, key=lambda number: number not in STOP_SIGNALS):
-            if number in STOP_SIGNALS:
-                monitor.stop(number, now)
-            elif number in PASSED_ON_SIGNALS:
-                send(monitor.pid, number)
-            elif number == PEER_FAILED:
-                monitor.end_survivor(End.PEER_FAILED, "its peer failed", now)
-            elif number == signal.SIGCONT and monitor.ending is None:
-                monitor.clocks.restart(now)  # we were stopped, and most likely the rank with us
-            # The kernel sends this also when only the launcher's thread that started us ends.
-            elif number == PARENT_DIED and os.getppid() != monitor.report.launcher_pid:
-                reason = f"the launcher (pid {monitor.report.launcher_pid}) is gone"
-                monitor.end_survivor(End.LAUNCHER_DIED, reason, now)
-        self.is_report_old = True
-
-    def _enforce(self, now: float) -> None:
-        monitor = self.monitor
-        if monitor.ending is not None:
-            monitor.enforce(now)
-            return
-        clock, deadline = monitor.clocks.first()
-        if now >= deadline:
-            monitor.end_hung_rank(clock, now)
-            self._write_report()
-        elif now >= self._half_time():
-            self.warned = clock, monitor.clocks.running[clock]
-            self.warnings_left -= 1
-            monitor.warn_at_half_time(clock, now)
-            self._write_report()
-
-    def _write_report(self) -> None:
-        report, clocks = self.monitor.report, self.monitor.clocks
-        now = time.monotonic()
-        self.written, self.is_report_old = now, False
-        report.sections = sorted(clocks.sections)
-        report.longest, report.limits = clocks.longest, clocks.limits()
-        report.learned = [clock for clock in report.limits if clocks.is_learned(clock)]
-        report.clock, _ = clocks.first()
-        report.clock_since = time.time() - (now - clocks.running.get(report.clock, now))
-        report.clock_limit = report.limits.get(report.clock)
-        self.monitor.writer.put(evidence_path("json"), to_text(dataclasses.asdict(report)))
-        if self.monitor.stacks.text:
-            self.monitor.writer.put(evidence_path("stacks.txt"), self.monitor.stacks.text)
+def hold_signals() -> None:
+    """Let signals wait until they are taken, but for those that nohup ignores."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it would lose exit statuses
+    ignored = [number for number in STOP_SIGNALS if signal.getsignal(number) == signal.SIG_IGN]
+    signal.pthread_sigmask(signal.SIG_BLOCK, {*SIGNALS} - {*ignored})
 
 
-def waiting_for(clock: str) -> str:
-    """What a rank has not done in time, if this is the clock that ran out."""
-    words = {
-        STARTUP: "no connection after process start",
-        INITIAL: "no first heartbeat",
-        HEARTBEAT: "no heartbeat",
-        OUT_OF_SECTION: "outside of all sections",
-        EXIT: "no end of the process after the script's",
-    }
-    return words.get(clock) or f"in section {section_of(clock)!r}"
-
-
-def flag_of(clock: str) -> str:
-    """The flag that sets a clock's limit."""
-    section = section_of(clock)
-    name = "rank-section-timeouts=" + section + ":SECONDS" if section else clock.replace("_", "-")
-    return f"--ft-{name}"
-
-
-def catch_signals() -> int:
-    """Let signals do nothing but arrive, as bytes, in a pipe; return its read end."""
-    read_end, write_end = os.pipe()
-    for end in (read_end, write_end):
-        os.set_blocking(end, False)
-    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-    others = (PEER_FAILED, PARENT_DIED, signal.SIGCHLD, signal.SIGCONT)
-    for number in (*STOP_SIGNALS, *PASSED_ON_SIGNALS, *others):
-        if number in STOP_SIGNALS and signal.getsignal(number) == signal.SIG_IGN:
-            continue  # under nohup, a hang-up is to be ignored by the rank too
-        signal.signal(number, lambda number, frame: None)
-    return read_end
-
-
-def become_rank(command: list[str], environment: Mapping[str, str], monitor: int) -> NoReturn:
+def become_rank(command: list[str], environment: Mapping[str, str]) -> NoReturn:
     """In the child: a session of its own, which ends with the monitor, and then the command."""
     try:
         os.setsid()  # one kill reaches DataLoader workers too, which outlive it by seconds
         process_control(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != monitor:  # it died before the request
+        if str(os.getppid()) != environment["FT_MONITOR_PID"]:  # it died before the request
             os._exit(1)
-        signal.set_wakeup_fd(-1)
         for number in (signal.SIGPIPE, signal.SIGXFSZ):  # which Python ignores
             signal.signal(number, signal.SIG_DFL)
         for number in PASSED_ON_SIGNALS:  # which schedulers send to everyone
             signal.signal(number, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         os.execvpe(command[0], command, environment)
     except OSError as error:
         os.write(2, f"[ft_monitor] cannot start {command[0]!r}: {error.strerror}\n".encode())
@@ -1782,23 +1518,22 @@ def become_rank(command: list[str], environment: Mapping[str, str], monitor: int
 def reap(rank: int) -> int | None:
     """Take in all children that have ended; return the status of the rank if it has."""
     status = None
-    while True:
-        try:
-            pid, raw = os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            return status
-        if pid == 0:
-            return status
-        if pid == rank:
-            status = os.waitstatus_to_exitcode(raw)
+    try:
+        while (ended := os.waitpid(-1, os.WNOHANG)) != (0, 0):
+            if ended[0] == rank:
+                status = os.waitstatus_to_exitcode(ended[1])
+    except ChildProcessError:
+        pass  # no child is left
+    return status
 
 
 def end_like(status: int) -> NoReturn:
     """End this process as the rank did: by its exit code or signal, without a core dump of ours."""
     if status < 0:
         process_control(PR_SET_DUMPABLE, 0)
-        if -status not in (signal.SIGKILL, signal.SIGSTOP):
+        if -status != signal.SIGKILL:
             signal.signal(-status, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [-status])
         os.kill(os.getpid(), -status)
     os._exit(128 - status if status < 0 else status)  # PID 1 of a container outlives its signals
 
@@ -1833,9 +1568,8 @@ class Outcome(str, enum.Enum):
 
     WELL = "ended well"
     FAILED = "failed"
-    STOPPED = "stopped"
+    STOPPED = "stopped by a signal"
     ELSEWHERE = "another node's workers failed, or nodes joined"
-    LAUNCHER_DIED = "its launcher was killed"
 
 
 @dataclasses.dataclass
@@ -1843,28 +1577,20 @@ class Incident:
     """How an attempt on this node ended: a line of incidents.jsonl. Times are since the epoch."""
 
     attempt: int
-    host: str
     start: float
     end: float
     outcome: Outcome
     first_heartbeat: float | None
     last_heartbeat: float | None  # of the rank that was silent first
-    detection: float | None  # seconds from there to the end
-    restart: float | None  # seconds since the last end
     first_step: int | None
     last_step: int | None
     saved_step: int | None
-    statuses: dict[str, int | None]
     connected: bool
     requests: list[dict[str, str]]
+    why: str
     suspect: int | None = None
-    certain: bool = True
     error: str | None = None  # the suspect's
-    verdict: str | None = None
     places: str = ""
-
-    def why(self) -> str:
-        return ("" if self.certain else "suspect: ") + (self.verdict or self.outcome.value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1875,12 +1601,10 @@ class Place:
     waits: bool  # for other ranks
 
 
-def read_reports(directory: str | Path) -> list[Report]:
+def read_reports(directory: Path) -> list[Report]:
     """The reports of an attempt, by rank; one that cannot be read costs a line, and is missing."""
-    from pathlib import Path
-
     reports = []
-    for path in Path(directory).glob("rank*.json"):
+    for path in directory.glob("rank*.json"):
         try:
             reports.append(Report.read(path))
         except (OSError, ValueError) as error:
@@ -1897,19 +1621,18 @@ def read_text(path: Path) -> str:
 
 
 def read_place(directory: Path, report: Report) -> Place | None:
-    """From the last stacks since a rank's last sign that show the user's code, if any do."""
+    """From the last stacks of a rank since it was heard of."""
     import linecache
     import re
 
     stacks = read_text(directory / f"rank{report.rank}.stacks.txt")
-    last_sign = max(report.heartbeat or 0.0, report.error_time or 0.0)
+    heard = max(report.heartbeat or 0.0, report.error_time or 0.0)
     frames: list[tuple[str, str, str]] = []  # file, line, function; innermost first
     for dump in stacks.split(f"\n{STACKS_HEADER} ")[1:]:
+        stamp = re.match(r"\d+\.\d+ ", dump)
         main = dump[dump.rfind("hread 0x") :]  # faulthandler writes the main thread last
-        found = re.findall(r'File "(.+)", line (\d+) in (.+)', main)
-        is_better = not frames or not all(is_library(file) for file, _, _ in found)
-        if is_better and float(dump.split()[0]) >= last_sign:
-            frames = found
+        if stamp and float(stamp[0]) >= heard:
+            frames = re.findall(r'File "(.+)", line (\d{1,9}) in (.+)', main) or frames
     if not frames:
         is_silent = report.stacks is False and report.error is None
         return Place(f"without stacks (state {report.state})", False) if is_silent else None
@@ -1942,57 +1665,47 @@ def failed_by_itself(report: Report) -> bool:
     """Whether a rank raised, crashed, was stopped or lost its monitor, without a peer as cause."""
     if report.error is not None:
         return raised_by_itself(report)
-    return report.status != 0 and report.end in (End.RUNNING, End.BY_ITSELF, End.STOPPED)
-
-
-def is_waiting(report: Report, place: Place | None) -> bool:
-    """Whether a rank that did not fail by itself waits, as far as its error or stacks tell."""
-    if report.state == "T":
-        return False
-    return report.error is not None or (place is not None and place.waits)
-
-
-def by_blame(reports: Sequence[Report], places: Mapping[int, Place]) -> list[Report]:
-    """The ranks of an attempt that failed, the one to blame first."""
-    crowd = collections.Counter(places.get(report.rank) for report in reports)
-    newest = max(report.heartbeat or 0.0 for report in reports)
-
-    def key(report: Report) -> tuple[float, ...]:
-        is_cause, place = failed_by_itself(report), places.get(report.rank)
-        failed = report.error_time or report.ended or report.heartbeat or 0.0
-        return (
-            not is_cause,  # the others failed, or waited, because of it
-            failed if is_cause else 0.0,  # later ones because of the first
-            report.state != "T",  # stopped, as by a debugger
-            is_waiting(report, place),  # not what was waited for
-            report.status == 0,  # missed only by those who wait
-            -1 if report.step is None else report.step,  # fell behind
-            report.connected is not None,  # did not get as far
-            int((report.heartbeat or 0.0) - newest),  # silent for longest, in whole seconds
-            crowd[place],  # the odd one out
-            report.error_time or math.inf,  # complained first
-        )
-
-    return sorted(reports, key=key)
+    has_ended = report.end in (End.RUNNING, End.BY_ITSELF, End.STOPPED) and report.status != 0
+    return has_ended or report.state == "T"  # stopped, as by a debugger
 
 
 def judge(
     reports: Sequence[Report], places: Mapping[int, Place], world: int | None
-) -> tuple[Report | None, bool, str]:
-    """The rank to blame, or None if it is on another node; is that certain; and the verdict."""
+) -> tuple[Report | None, str]:
+    """The rank to blame, or None if it is on another node, and the verdict."""
     if not reports:
-        return None, True, "its workers failed, and there is no report of how"
-    first, *others = by_blame(reports, places)
-    sentence = describe_failure(first)
+        return None, "its workers failed, and there is no report of how"
+    waiting = {rank for rank, place in places.items() if place.waits}
+    waiting |= {report.rank for report in reports if report.error is not None}
+    crowd = collections.Counter(places.get(report.rank) for report in reports)
+    newest = max(report.heartbeat or 0.0 for report in reports)
+
+    def blame(report: Report) -> tuple[float, ...]:
+        is_cause = failed_by_itself(report)
+        failed = report.error_time or report.ended or 0.0
+        return (
+            not is_cause,  # the others failed, or waited, because of it
+            failed if is_cause else 0.0,  # later ones because of the first
+            report.rank in waiting,  # not what was waited for
+            report.status == 0,  # missed only by those who wait
+            -1 if report.step is None else report.step,  # fell behind
+            report.connected is not None,  # did not get as far
+            int((report.heartbeat or 0.0) - newest),  # silent for longest, in whole seconds
+            crowd[places.get(report.rank)],  # the odd one out
+            report.end != End.HUNG,  # ended for that, before others complained
+            report.error_time or math.inf,  # complained first
+        )
+
+    first, *others = sorted(reports, key=blame)
+    verdict = describe_failure(first)
     if failed_by_itself(first):
-        return first, True, sentence
-    are_all_here = world is None or len(reports) >= world
-    if is_waiting(first, places.get(first.rank)) and not are_all_here:
-        return None, True, f"{OF_OTHERS}; {sentence}"
+        return first, verdict
     noticed = [describe_failure(report) for report in others if report.error is not None]
-    stopped = [report for report in reports if report.state == "T"]
-    is_certain = stopped == [first] or (are_all_here and not others)
-    return first, is_certain, "; ".join([sentence, *noticed[:1]])
+    verdict = "; ".join([verdict, *noticed[:1]])
+    are_all_here = world is None or len(reports) >= world
+    if first.rank in waiting and not are_all_here:
+        return None, f"{OF_OTHERS}; {verdict}"
+    return first, verdict if are_all_here and not others else f"suspect: {verdict}"
 
 
 # What was wrong with a rank: the first row that is true of its report.
@@ -2002,26 +1715,18 @@ FAILURES: tuple[tuple[Callable[[Any], Any], str], ...] = (
     (lambda r: r.end in (End.HUNG, End.STOPPED), "{reason}"),
     (lambda r: r.end not in (End.RUNNING, End.BY_ITSELF), "did not go on: {waiting}"),
     (lambda r: r.status == 0, "ended with exit code 0, while others went on"),
-    (
-        lambda r: r.status > 0 and r.pid and r.connected is None,
-        "ended with exit code {status} before it connected: see its output above",
-    ),
     (lambda r: r.status > 0, "ended with exit code {status}"),
     (lambda r: r.status != -signal.SIGKILL, "ended by {signal}"),
     (lambda r: r.oom_kills > 0, "ended by SIGKILL: out of memory, such kills here: {oom_kills}"),
-    (lambda r: r.pid is None, "ended by SIGKILL (out of memory?)"),  # no report, nobody counted
     (lambda r: True, "ended by SIGKILL, which nobody here sent"),
 )
 
 
 def describe_failure(report: Report) -> str:
     pid = f"pid {report.pid}" if report.pid else f"its monitor's pid {report.monitor_pid}"
-    since = report.clock_since or report.heartbeat or report.started or 0.0
-    waited = (report.ended or since) - since
     signals = {-number: number.name for number in signal.Signals}
     words = next(words for is_true, words in FAILURES if is_true(report)).format(
         **vars(report),
-        waiting=f"{waiting_for(report.clock or HEARTBEAT)} for {waited:.1f} s",
         signal=signals.get(report.status or 0, f"signal {abs(report.status or 0)}"),
     )
     return f"rank {report.rank} ({pid}) {words}"
@@ -2044,15 +1749,6 @@ def describe_places(suspect: int | None, places: Mapping[int, Place]) -> str:
     return "; ".join(parts)
 
 
-def duration(seconds: float) -> str:
-    """8.1 s; 14 m 31 s; 3 h 02 m."""
-    if round(seconds, 1) < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} m" if hours else f"{minutes} m {rest:02d} s"
-
-
 def make_incident(
     attempt: int,
     directory: Path,
@@ -2060,12 +1756,9 @@ def make_incident(
     *,
     reports: Sequence[Report],
     outcome: Outcome | None = None,
-    stopped_by: str | None = None,
     world: int | None = None,
-    previous_end: float | None = None,
-    now: float | None = None,
 ) -> Incident:
-    """Without `outcome`, statuses tell how it ended; `now` is when, if no report tells."""
+    """Without `outcome`, statuses tell how it ended."""
 
     def known(name: str) -> list[Any]:
         return [x for report in reports if (x := getattr(report, name)) is not None]
@@ -2073,176 +1766,127 @@ def make_incident(
     if outcome is None:
         is_well = all(report.status == 0 for report in reports)
         outcome = Outcome.WELL if is_well else Outcome.FAILED
-    end = max(known("ended"), default=now or time.time())
-    last = min(known("heartbeat"), default=None)
-    is_failure = outcome not in (Outcome.WELL, Outcome.STOPPED)
     incident = Incident(
-        *(attempt, os.uname().nodename, start, end, outcome),
+        attempt=attempt,
+        start=start,
+        end=max(known("ended"), default=time.time()),
+        outcome=outcome,
         first_heartbeat=min(known("first_heartbeat"), default=None),
-        last_heartbeat=last,
-        detection=end - last if last and is_failure else None,
-        restart=start - previous_end if previous_end else None,
+        last_heartbeat=min(known("heartbeat"), default=None),
         first_step=min(known("first_step"), default=None),
         last_step=max(known("step"), default=None),
         saved_step=max(known("saved"), default=None),
-        statuses={str(report.rank): report.status for report in reports},
         connected=bool(known("connected")),
         requests=known("request"),
-        verdict=f"stopped by {stopped_by}" if stopped_by else None,
+        why=outcome.value,
     )
     if outcome == Outcome.FAILED:
-        find_cause(incident, directory, reports, world)
+        places = {x.rank: place for x in reports if (place := read_place(directory, x))}
+        suspect, incident.why = judge(reports, places, world)
+        if suspect is not None:
+            incident.suspect, incident.error = suspect.rank, suspect.error
+        incident.places = describe_places(incident.suspect, places)
     return incident
-
-
-def find_cause(
-    incident: Incident, directory: Path, reports: Sequence[Report], world: int | None
-) -> None:
-    """Let the incident of a failed attempt tell who is to blame, and where the ranks were."""
-    places = {x.rank: place for x in reports if (place := read_place(directory, x))}
-    suspect, incident.certain, incident.verdict = judge(reports, places, world)
-    if suspect is not None:
-        incident.suspect, incident.error = suspect.rank, suspect.error
-    incident.places = describe_places(incident.suspect, places)
 
 
 def read_incidents(run_dir: Path) -> list[Incident]:
     path = run_dir / "incidents.jsonl"
-    names = [field.name for field in dataclasses.fields(Incident)]
     incidents = []
     for line in read_text(path).splitlines():
         try:
             values = json.loads(line)
             values["outcome"] = Outcome(values["outcome"])
-            incidents.append(Incident(**{name: values[name] for name in names}))
+            incidents.append(Incident(**values))
         except (ValueError, TypeError, KeyError):
             warn(f"skipped a line of {path} that tells of no attempt")
     return incidents
 
 
-def explain(incident: Incident, evidence: str, what_next: str, saved: int = 0) -> str:
-    """Who, where, and what happens next; `saved`: the step of the checkpoint at its start."""
+def duration(seconds: float) -> str:
+    """8.1 s; 0:14:31."""
+    import datetime
+
+    if round(seconds, 1) < 60:
+        return f"{seconds:.1f} s"
+    return str(datetime.timedelta(seconds=round(seconds)))
+
+
+def explain(incident: Incident, evidence: str, what_next: str) -> str:
+    """Who, where, and what happens next."""
     ran = duration(incident.end - incident.start)
     step = "" if incident.last_step is None else f" at step {incident.last_step}"
-    lines = [f"attempt {incident.attempt} ended after {ran}{step}: {incident.why()}"]
+    lines = [f"attempt {incident.attempt} ended after {ran}{step}: {incident.why}"]
     if incident.places:
         lines.append(f"  {incident.places}")
-    if saved and incident.first_step == 0:
-        lines.append(f"  it began at step 0 although step {saved} was saved: see its warning")
     return "\n".join([*lines, f"  evidence: {evidence}; {what_next}"])
 
 
-@dataclasses.dataclass
-class TimeSpent:
-    """Where the wall time of a run went, in seconds."""
-
-    total: float
-    counted: float  # in steps that are part of the training
-    lost: float  # in steps that were done again, or never saved
-    detection: float
-    restart: float
-    setup: float  # all else
-
-
-def time_spent(incidents: Sequence[Incident]) -> TimeSpent:
+def time_spent(incidents: Sequence[Incident]) -> tuple[float, float, float]:
+    """Seconds in all, in steps that count, and in steps that were repeated or never saved."""
     total = incidents[-1].end - incidents[0].start if incidents else 0.0
     training = [(x.last_heartbeat or 0.0) - (x.first_heartbeat or 0.0) for x in incidents]
     counted = sum(x * kept_share(incidents[n:]) for n, x in enumerate(training))
-    detection = sum(x.detection or 0.0 for x in incidents)
-    restart = sum(x.restart or 0.0 for x in incidents)
-    setup = total - sum(training) - detection - restart
-    return TimeSpent(total, counted, sum(training) - counted, detection, restart, setup)
+    return total, counted, sum(training) - counted
 
 
 def kept_share(incidents: Sequence[Incident]) -> float:
-    """Which share of the first one's steps later ones did not do again, or else was saved."""
+    """Which share of the first one's steps later ones did not repeat, or else was saved."""
     this, *later = incidents
+    is_well = this.outcome == Outcome.WELL
     begin, end = this.first_step or 0, this.last_step or 0
     if end == begin:
-        return float(not this.detection)
+        return float(is_well)
     resumed = [incident.first_step for incident in later if incident.first_step is not None]
-    kept = end if this.outcome == Outcome.WELL else this.saved_step or 0
-    kept = min([end, *resumed] if resumed else [end, kept])
+    kept = min([end, *(resumed or [end if is_well else this.saved_step or 0])])
     return max(kept - begin, 0) / (end - begin)
 
 
-def render_report(incidents: Sequence[Incident], width: int = 100) -> str:
-    """What became of each attempt, and where the time went."""
+def render_report(incidents: Sequence[Incident], newest: str = "") -> str:
+    """What became of each attempt, and where the time went; `newest`: the directory of the last."""
     import textwrap
 
-    row, indent = "{:>7}  {:<8}  {:>10}  {:>15}  {:>7}  {}", " " * 9
+    wrap = functools.partial(textwrap.wrap, width=100, subsequent_indent=" " * 9)
+    row = "{:>7}  {:<8}  {:>15}  {:>15}  {:>7}  {}"
     lines = [row.format("attempt", "started", "ran", "steps", "saved", "why it ended")]
     for this in incidents:
         started = time.strftime("%H:%M:%S", time.localtime(this.start))
         steps = "none" if this.last_step is None else f"{this.first_step}-{this.last_step}"
         ran, saved = duration(this.end - this.start), this.saved_step or "-"
-        text = row.format(this.attempt, started, ran, steps, saved, this.why())
-        lines += textwrap.wrap(text, width, subsequent_indent=indent)
-        lines += textwrap.wrap(indent + this.places, width, subsequent_indent=indent)
-    spent = time_spent(incidents)
-    share = 100 * spent.counted / (spent.total or 1.0)
-    counted, total = duration(spent.counted), duration(spent.total)
-    lines.append(f"goodput {share:.1f} %: {counted} of {total} wall time in steps that counted")
-    lost = f"lost: {duration(spent.setup)} set-up, {duration(spent.lost)} in steps repeated or "
-    lost += f"unsaved, {duration(spent.detection)} detection, {duration(spent.restart)} restart"
-    return "\n".join([*lines, *textwrap.wrap(lost, width)])
+        text = row.format(this.attempt, started, ran, steps, saved, this.why)
+        lines += wrap(text) + wrap(" " * 9 + this.places)
+    if newest and newest not in [f"attempt_{this.attempt}" for this in incidents]:
+        lines.append(f"{newest} still runs, or was killed with its launcher: see --ft-status")
+    total, counted, repeated = time_spent(incidents)
+    share, rest = 100 * counted / (total or 1.0), duration(total - counted - repeated)
+    text = f"{duration(counted)} of {duration(total)} wall time in steps that counted"
+    lost = (
+        f"{duration(repeated)} in steps repeated or unsaved, {rest} in set-up, hangs and restarts"
+    )
+    return "\n".join([*lines, f"goodput {share:.1f} %: {text}", f"lost: {lost}"])
 
 
 def render_status(reports: Sequence[Report], now: float) -> str:
-    """For each rank the age of its last heartbeat, and the clock that runs out first."""
-    row = "{:>4}  {!s:>8}  {!s:>10}  {:>9}  {:>9}  {:>8}  {}"
-    lines = [row.format("rank", "pid", "step", "heartbeat", "waited", "limit", "clock")]
+    """For each rank the age of its last heartbeat, and what it is waited for."""
+    row = "{:>4}  {!s:>8}  {!s:>10}  {:>9}  {}"
+    lines = [row.format("rank", "pid", "step", "heartbeat", "state")]
     for report in reports:
-        clock, times = report.clock, [report.heartbeat, report.clock_since]
-        seconds = [*(now - x if x else None for x in times), report.clock_limit]
+        state, is_here = report.waiting, report.host == os.uname().nodename
         if report.ended:
-            clock, seconds = report.reason or f"ended with status {report.status}", [None] * 3
-        elif is_gone(report, report.monitor_pid):
-            clock, seconds = "gone", [None] * 3
-        texts = ["-" if x is None else f"{x:.1f} s" for x in seconds]
-        lines.append(row.format(report.rank, report.pid, report.step, *texts, clock))
+            state = report.reason or f"ended with status {report.status}"
+        elif is_here and not os.path.exists(f"/proc/{report.monitor_pid}"):
+            state = "gone"
+        age = f"{now - report.heartbeat:.1f} s" if report.heartbeat else "-"
+        lines.append(row.format(report.rank, report.pid, report.step, age, state))
     return "\n".join(lines)
 
 
-def is_gone(report: Report, pid: int | None) -> bool:
-    """Whether a process that a report names, on this host, exists no more."""
-    return report.host == os.uname().nodename and not os.path.exists(f"/proc/{pid}")
-
-
-def is_alive(attempt: Path) -> bool:
-    return not all(is_gone(report, report.launcher_pid) for report in read_reports(attempt))
-
-
 def find_run_dir(path: Path) -> Path:
-    """`path`, or the newest run below it, if possible one that is alive. Raises ConfigError."""
-    links = [path / "latest", *path.glob("*/latest")]
-    runs = [(is_alive(x), x.lstat().st_mtime, x.parent) for x in links if x.is_symlink()]
-    if not runs:
+    """`path`, or the run below it that has started workers last. Raises ConfigError."""
+    links = [x for x in (path / "latest", *path.glob("*/latest")) if x.is_symlink()]
+    if not links:
         remedy = "give the directory that ft_launcher prints as evidence"
         raise ConfigError(f"no run found in {str(path)!r}: {remedy}")
-    return max(runs)[2]
-
-
-def all_incidents(run_dir: Path) -> list[Incident]:
-    """Also of an attempt whose launcher was killed, and could not write it down."""
-    incidents, latest = read_incidents(run_dir), run_dir / "latest"
-    reports = read_reports(latest)
-    noted = {incident.attempt: incident.end for incident in incidents}
-    if reports and not is_alive(latest) and reports[0].attempt not in noted:
-        start = latest.lstat().st_mtime
-        incident = make_incident(
-            reports[0].attempt,
-            latest,
-            start,
-            reports=reports,
-            outcome=Outcome.LAUNCHER_DIED,
-            previous_end=max(noted.values(), default=None),
-            now=max(report.heartbeat or start for report in reports),
-        )
-        incidents.append(incident)
-    if not incidents:
-        raise ConfigError(f"no attempt of {str(run_dir)!r} has ended yet: see --ft-status")
-    return incidents
+    return max(links, key=lambda link: link.lstat().st_mtime).parent
 
 
 def asks_to_look(argv: Sequence[str]) -> bool:
@@ -2264,11 +1908,11 @@ def show(argv: Sequence[str]) -> int:
         if flag.endswith("status"):
             text = render_status(read_reports(run_dir / "latest"), time.time())
         else:
-            text = render_report(all_incidents(run_dir))
+            text = render_report(read_incidents(run_dir), os.readlink(run_dir / "latest"))
         print(f"{run_dir}\n{text}", flush=True)
     except BrokenPipeError:  # its reader has ended, as head does; what is left is flushed at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ConfigError, OSError) as error:
+    except (OSError, *BROKEN) as error:
         print(f"ft_launcher.py: error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -2288,27 +1932,22 @@ def monitor_command() -> list[str]:
     return [sys.executable, "-I", "-S", "-c", call, here]
 
 
-def parse_arguments(argv: Sequence[str]) -> tuple[Sequence[str], FaultToleranceConfig, float]:
-    """The rank's command, the settings, and the grace in seconds."""
-    grace = float(os.environ.get("FT_SHUTDOWN_TIMEOUT") or GRACE_SECONDS)
+def parse_arguments(argv: Sequence[str]) -> tuple[Sequence[str], FaultToleranceConfig]:
+    """The rank's command, and the settings."""
     if argv[:1] == ["--"] and argv[1:]:  # the launcher's way, which needs no argparse
-        return argv[1:], FaultToleranceConfig.from_environment(), grace
+        return argv[1:], FaultToleranceConfig.load()
     import argparse
 
     usage, about = "ft_monitor.py [options] -- COMMAND ...", "Kills a command when it hangs."
     parser = argparse.ArgumentParser(usage=usage, description=about, allow_abbrev=False)
-    about = "seconds that a stopped rank has to end (default: 30)"
-    parser.add_argument("--shutdown-timeout", type=float, default=grace, help=about)
     FaultToleranceConfig.add_arguments(parser)
     parser.add_argument("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
     if not command:
         parser.error("no command: give the rank's command line after --")
-    if not 0 <= args.shutdown_timeout < math.inf:
-        parser.error(f"--shutdown-timeout: got {args.shutdown_timeout}, expected 0 or more")
     try:
-        return command, FaultToleranceConfig.from_args(args), args.shutdown_timeout
+        return command, FaultToleranceConfig.from_args(args)
     except ConfigError as error:
         parser.error(str(error))
 
@@ -2320,13 +1959,12 @@ def launch() -> None:
     runpy.run_module("ft_launcher", run_name="__main__", alter_sys=True)
 
 
-def main(argv: Sequence[str] | None = None) -> NoReturn:
-    command, config, grace = parse_arguments(sys.argv[1:] if argv is None else argv)
+def main() -> NoReturn:
+    command, config = parse_arguments(sys.argv[1:])
     if not os.environ.get("FT_RUN_DIR"):
         os.environ["FT_RUN_DIR"] = os.path.join(default_run_dir(), f"monitor_{os.getpid()}")
-    log = Log(f"ft_monitor attempt {attempt_number()} rank {rank_number()}", config.log_level)
-    launcher = int(os.environ.get("FT_LAUNCHER_PID") or 0)
-    end_like(Loop(RankMonitor(command, config, log, grace, launcher)).run())
+    log = Log(f"ft_monitor attempt {attempt_number()} rank {rank_number()}")
+    end_like(RankMonitor(config, log).run(command))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ What makes it so is marked with numbers:
      and kept in a file for the next start;
   2. heartbeats, with the step; what is slow for good reasons is a section;
   3. checkpoints are written beside their target and renamed, and reported;
-  4. training is complete: the finished flag appears when the script ends well.
+  4. a request to stop (SIGTERM, SIGUSR1, Ctrl-C) saves and ends the script; the next run goes on;
+  5. training is complete: the finished flag appears when the script ends well.
 """
 
 import argparse
@@ -54,6 +55,13 @@ def batch(text: torch.Tensor, step: int, size: int = 32) -> torch.Tensor:
     generator = torch.Generator().manual_seed(step * dist.get_world_size() + dist.get_rank())
     starts = torch.randint(len(text) - CONTEXT - 1, (size,), generator=generator)
     return torch.stack([text[start : start + CONTEXT + 1] for start in starts.tolist()])
+
+
+def any_rank(yes: bool, device: torch.device) -> bool:
+    """Ranks must agree: a signal may come to one of them, or between two of their steps."""
+    answer = torch.tensor(int(yes), device=device)
+    dist.all_reduce(answer, op=dist.ReduceOp.MAX)
+    return bool(answer.item())
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -102,6 +110,7 @@ def main() -> None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
+    client.stop_requested()  # 4: from here on, signals are only noted
     client.end_section("setup")
     client.start_section("first_batch")  # 2
 
@@ -122,7 +131,8 @@ def main() -> None:
         if step == start:
             client.end_section("first_batch")
         client.send_heartbeat(step + 1)  # 2
-        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+        is_stopping = step % 10 == 0 and any_rank(client.stop_requested() is not None, device)  # 4
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps or is_stopping:
             client.start_section("checkpointing")  # 2
             if dist.get_rank() == 0:
                 args.dir.mkdir(parents=True, exist_ok=True)
@@ -136,9 +146,11 @@ def main() -> None:
                 print(f"step {step + 1}: loss {loss.item():.3f}, saved {checkpoint}", flush=True)
             dist.barrier()
             client.end_section("checkpointing")
-
-    if dist.get_rank() == 0:
-        client.training_complete(reason=f"{args.steps} steps done", step=args.steps)  # 4
+        if is_stopping:
+            break
+    else:
+        if dist.get_rank() == 0:
+            client.training_complete(reason=f"{args.steps} steps done", step=args.steps)  # 5
     dist.destroy_process_group()
 
 

@@ -316,7 +316,7 @@ def rank_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         quiet = logging.getLogger(f"{name}.utilities.rank_zero")
         monkeypatch.setattr(quiet, "level", logging.ERROR)
         monkeypatch.setattr(logging.getLogger(name), "propagate", True)  # to caplog
-    handlers = {number: signal.getsignal(number) for number in ft_callback.STOP_SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in ft_callback.SAVE_SIGNALS}
     yield
     for number, handler in handlers.items():
         assert signal.signal(number, handler) == handler, "a handler has outlived its training"

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,8 +25,10 @@ import pytest
 import torch
 from conftest import ROOT, Heard, Started, wait_until
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
@@ -576,7 +579,7 @@ def link_directory(directory: Path) -> dict[str, Any]:
     return {"dirpath": directory / "linked", "ckpt_path": None}
 
 
-ASK, KEEP = 'trainer.fit(..., ckpt_path="last")', "ModelCheckpoint(save_last=True)"
+ASK, KEEP = 'loaded nothing: give it "last"', "no last checkpoint is kept: give"
 FIX, GONE = "give ModelCheckpoint one dirpath for all runs", "not there any more"
 NO_LAST: dict[str, Any] = {"save_last": False}
 # What the first run does differently from what is right, what the second does, and the advice.
@@ -620,7 +623,8 @@ def test_a_remote_checkpoint_is_named_as_it_is(
         a_later_run(monkeypatch)
         fit(tmp_path, epochs=epochs, dirpath=f"memory://{tmp_path.name}", ckpt_path=None)
         noted(flag, monitor())
-    assert f"*** in memory://{tmp_path.name}/last.ckpt\n*** none was asked for: " in caplog.text
+    known = "*** trainer.fit(ckpt_path=None) loaded nothing"
+    assert f"*** in memory://{tmp_path.name}/last.ckpt\n{known}" in caplog.text
 
 
 @pytest.mark.parametrize("text", ["", "[]", "not JSON", '{"step": null}', '{"step": 3}'])
@@ -630,6 +634,233 @@ def test_a_note_that_says_nothing_stops_nothing(
     Path(f"{flag}.progress").write_text(text)
     fit(tmp_path)
     assert "STEP 0" not in caplog.text
+
+
+# ------------------------------------------------------- set-ups that cannot resume, told at once
+
+
+class Config:
+    """What a script has in its hyper-parameters."""
+
+
+class Holder(Callback):
+    """Has a state that a restart may, or may not load."""
+
+    def __init__(self, state: Any) -> None:
+        self.state = state
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"state": self.state}
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The obstacles that were told, in one warning."""
+    texts = [record.getMessage() for record in caplog.records]
+    warnings = [text for text in texts if "A RESTART WILL NOT" in text or "NO RESTART" in text]
+    assert len(warnings) <= 1, warnings
+    return warnings[0].replace("*** ", "").splitlines()[1:] if warnings else []
+
+
+@pytest.mark.parametrize(
+    ("keeper", "advice"),
+    [
+        ({"monitor": "step", "save_top_k": 1}, "seldom written: give ModelCheckpoint(save_last=Tr"),
+        ({"save_top_k": 0}, "seldom written: give ModelCheckpoint(save_last=Tr"),
+        (
+            {"save_weights_only": True},
+            "weights only: give ModelCheckpoint(save_weights_only=False)",
+        ),
+        ({"save_last": False}, "no last checkpoint is kept: give ModelCheckpoint(save_last=True)"),
+        ({"monitor": "step", "save_top_k": -1}, None),
+        ({"monitor": "step", "every_n_train_steps": 1, "save_on_train_epoch_end": None}, None),
+        ({}, None),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_last_checkpoint_that_no_restart_can_resume_from_is_told_at_the_start(
+    flag: Path,
+    monitor: Heard,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    keeper: dict[str, Any],
+    advice: str | None,
+) -> None:
+    """Case 05, and others; once in a process, and not if another one is kept as it should be."""
+    fit(tmp_path, **keeper)
+    assert len(told(caplog)) == (advice is not None)
+    assert advice is None or advice in told(caplog)[0]
+    fit(tmp_path / "again", **keeper)
+    assert len(told(caplog)) == (advice is not None)
+
+
+def test_two_keepers_of_which_one_is_right_are_right(
+    flag: Path, monitor: Heard, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    best = ModelCheckpoint(tmp_path / "best", monitor="step", save_weights_only=True)
+    fit(tmp_path, callbacks=[best])
+    assert told(caplog) == []
+
+
+def test_the_last_checkpoint_is_as_seldom_written_as_is_told(
+    flag: Path, monitor: Heard, tmp_path: Path
+) -> None:
+    """Otherwise Lightning has changed, and the warning must go."""
+
+    class Worse(BoringModel):
+        def on_train_epoch_end(self) -> None:
+            self.log("score", float(self.current_epoch))
+
+    for options, step in (({"save_top_k": 1, "monitor": "score"}, 2), ({"save_top_k": 0}, None)):
+        keeper = ModelCheckpoint(
+            tmp_path / str(step), save_last=True, save_on_train_epoch_end=True, **options
+        )
+
+        class Look(Callback):
+            def on_train_end(self, trainer: Any, *args: Any) -> None:
+                last = tmp_path / str(step) / "last.ckpt"  # noqa: B023  used at once
+                saved = torch.load(last)["global_step"] if last.exists() else None
+                assert saved == step  # noqa: B023
+
+        Trainer(
+            accelerator="cpu", logger=False, max_epochs=3, limit_train_batches=2,
+            limit_val_batches=0, enable_progress_bar=False, callbacks=[Look(), keeper],
+        ).fit(Worse())  # fmt: skip
+
+
+@pytest.mark.parametrize("plugins", [[], [AsyncCheckpointIO()]], ids=["at once", "in a thread"])
+def test_what_a_restart_cannot_load_is_told_after_the_first_save_with_its_cause(
+    flag: Path,
+    monitor: Heard,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    plugins: list[Any],
+) -> None:
+    """Case 04. The whole cause, in one line without colours; and once."""
+    fit(tmp_path / "good", *plugins, callbacks=[Holder([1, "a"])])
+    assert told(caplog) == []
+    a_later_run(monkeypatch)
+    fit(tmp_path / "bad", *plugins, epochs=2, callbacks=[Holder(Config())])
+    (cause,) = told(caplog)
+    assert "Unsupported global: GLOBAL test_checkpoints.Config" in cause and "\x1b" not in cause
+    assert "give trainer.fit(..., weights_only=False)" in caplog.text
+
+
+def test_a_trial_load_is_as_a_restart_will_load(
+    flag: Path,
+    monitor: Heard,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With what the script gives to fit, has allowed, or has in its environment."""
+
+    def train(name: str, **options: Any) -> None:
+        a_later_run(monkeypatch)
+        trainer = Trainer(
+            accelerator="cpu", logger=False, max_epochs=1, limit_train_batches=2,
+            limit_val_batches=0, enable_progress_bar=False, enable_model_summary=False,
+            callbacks=[
+                FaultToleranceCallback(autoresume=True), Holder(Config()),
+                ModelCheckpoint(tmp_path / name, save_last=True),
+            ],
+        )  # fmt: skip
+        trainer.fit(BoringModel(), ckpt_path="last", **options)
+
+    train("given", weights_only=False)
+    with torch.serialization.safe_globals([Config]):
+        train("allowed")
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    train("forced")
+    assert told(caplog) == []
+
+
+def test_whatever_else_a_trial_load_raises_is_told_and_stops_nothing(
+    flag: Path,
+    monitor: Heard,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def load(*args: Any, **kwargs: Any) -> Any:
+        raise KeyError("two\nlines")
+
+    monkeypatch.setattr(torch, "load", load)
+    assert fit(tmp_path).global_step == 2
+    assert told(caplog) == ["KeyError: 'two\\nlines'"]
+
+
+class Tuned(BoringModel):
+    """What the two tuners change."""
+
+    lr, batch_size = 0.1, 2
+
+
+@pytest.mark.parametrize("tuner", [LearningRateFinder, BatchSizeFinder])
+def test_tuners_that_let_a_restart_begin_at_step_0_are_told(
+    flag: Path,
+    monitor: Heard,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    tuner: Any,
+) -> None:
+    options = {"max_trials": 1} if tuner is BatchSizeFinder else {"num_training_steps": 2}
+
+    def train(epochs: int) -> None:
+        Trainer(
+            accelerator="cpu", logger=False, max_epochs=epochs, limit_train_batches=2,
+            limit_val_batches=0, enable_progress_bar=False, enable_model_summary=False,
+            callbacks=[
+                FaultToleranceCallback(autoresume=True), tuner(**options),
+                ModelCheckpoint(tmp_path / "checkpoints", save_last=True),
+            ],
+        ).fit(Tuned(), ckpt_path="last")  # fmt: skip
+
+    train(1)
+    would = f"{tuner.__name__} would run again, and training start at step 0: use Tuner"
+    assert told(caplog) == [would]
+    noted(flag, monitor())
+    a_later_run(monkeypatch)
+    caplog.clear()
+    train(2)
+    assert "TRAINING STARTS AT STEP 0 ALTHOUGH STEP 2 WAS SAVED" in caplog.text
+    assert told(caplog) == [would]
+
+
+@pytest.mark.parametrize(
+    ("options", "logger", "is_told"),
+    [
+        ({}, False, True),
+        ({}, {"version": "run1"}, True),
+        ({"overwrite": True}, False, False),
+        ({}, {}, False),  # each run has a version_N of its own
+    ],
+    ids=["no logger", "fixed", "overwrite", "versions"],
+)
+def test_a_configuration_that_is_not_to_be_overwritten_is_told(
+    flag: Path,
+    monitor: Heard,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    options: dict[str, Any],
+    logger: Any,
+    is_told: bool,
+) -> None:
+    """Case 07: LightningCLI, whose second run fails."""
+    parser: Any = types.SimpleNamespace(save=lambda *args, **kwargs: None)
+    save_config = SaveConfigCallback(parser, {}, **options)
+    Trainer(
+        accelerator="cpu", max_epochs=1, limit_train_batches=2, limit_val_batches=0,
+        logger=logger if logger is False else CSVLogger(tmp_path, **logger),
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+        callbacks=[
+            FaultToleranceCallback(autoresume=True), save_config,
+            ModelCheckpoint(tmp_path / "checkpoints", save_last=True),
+        ],
+    ).fit(BoringModel(), ckpt_path="last")  # fmt: skip
+    remedy = 'give LightningCLI(save_config_kwargs={"overwrite": True})'
+    assert told(caplog) == [f"config.yaml would exist already: {remedy}"] * is_told
 
 
 def test_two_ranks_resume_from_the_same_one_in_the_place_of_a_broken_one(
