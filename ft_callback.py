@@ -222,7 +222,7 @@ def model_checkpoints(trainer: pl.Trainer) -> list[Any]:
 
 
 def last_keeper(trainer: pl.Trainer, is_kept: bool = False) -> Any:
-    """Whose last checkpoint ckpt_path="last" loads; None without any, or with save_last."""
+    """Whose last checkpoint ckpt_path="last" loads; `is_kept`: only one with save_last."""
     keepers = model_checkpoints(trainer)
     return next(iter([k for k in keepers if k.save_last] or keepers[: not is_kept]), None)
 

@@ -464,7 +464,7 @@ class FaultToleranceAgent(LocalElasticAgent):
         if outcome == Outcome.ELSEWHERE and any(
             report.request or ft_monitor.raised_by_itself(report) for report in reports
         ):
-            outcome = Outcome.FAILED  # a rank here, which takes its time to end, was the first
+            outcome = Outcome.FAILED  # a rank here failed first, and took its time to end
         incident = ft_monitor.make_incident(
             self._attempt,
             self._directory,

@@ -31,14 +31,15 @@ its `type` and `time`, so that a late look measures right.
                                       autoresume.sh, FLAG.progress
     request    action, reason         workload control, when this attempt ends
     complete   flag, values           training is: create the flag if the script ends well
-    error      error                  an exception that the script may yet handle
+    error      error                  an exception, which the script may yet handle; what it had
+                                      waited for by then is not learned
     shutdown                          monitoring rests until the next init, or bye
     bye        error                  the main thread has ended, well (null) or with this error
 
-Clocks: an idle one, or one for each open section; the first that runs out decides. Its limit is
-what was configured; or, if limits are learned, the longest time survived times safety_factor, at
-least min_timeout (from 16 heartbeats on, or a section once left); else, if there is any limit,
-unknown_timeout.
+Clocks: an idle one, or one for each open section; the first that runs out decides. If limits are
+learned, it is the longest time survived times safety_factor, at least min_timeout or a shorter
+configured limit: from 16 heartbeats, or one section, on. Else it is the configured one; or else,
+where any limit is configured or learned, unknown_timeout.
     clock                           runs from                   to
     startup_timeout                 process start               init
     initial_rank_heartbeat_timeout  init                        first heartbeat or section
@@ -53,8 +54,8 @@ How a rank is ended
     a clock ran out                   stacks, termination signal to its processes, SIGKILL after 5 s
     SIGTERM, SIGINT, SIGHUP, SIGQUIT  SIGTERM, or SIGINT; SIGKILL after the shutdown timeout,
                                       or at once at a SIGINT while it is ending
-    SIGABRT (a peer failed), or the   stacks, SIGKILL; a checkpoint that is being saved may be
-    launcher died                     finished, within workers_stop_timeout
+    SIGABRT, as a peer failed;        stacks, SIGKILL; a checkpoint that is being saved may be
+    or the launcher died              finished, within workers_stop_timeout
     SIGUSR1, SIGUSR2                  passed on to the rank; nothing is ended
     the rank ended by itself          SIGKILL to what it has left, in whatever session
 """
@@ -287,7 +288,7 @@ class FaultToleranceConfig:
         return {clock: seconds for clock, seconds in clocks.items() if seconds is not None}
 
     def is_watching(self) -> bool:
-        """Whether any limit is configured; if so, no clock is without one."""
+        """Whether any limit is configured; if so, unknown_timeout is for the rest."""
         return any(map(math.isfinite, [*self.limits().values(), self.unknown_timeout or math.inf]))
 
 
@@ -413,7 +414,7 @@ class Clocks:
 
     @property
     def sections(self) -> list[str]:
-        """That are open."""
+        """The open ones."""
         return sorted(filter(None, map(section_of, self.running)))
 
     def hear(self, message: Mapping[str, Any], now: float) -> None:
@@ -552,7 +553,7 @@ class Report:
     waited: Seconds = None  # on that clock
     state: str | None = None  # of its process then: R, S, D, T ...
     stacks: bool | None = None  # whether it wrote its stacks then; None: not asked
-    oom_kills: int = 0  # in its control group, or on its host, while it ran
+    oom_kills: int = 0  # while it ran, in its control group or on its host
     status: int | None = None  # exit code, or -N for signal N
 
     @classmethod
@@ -1036,7 +1037,7 @@ def send(pid: int, number: int, how: Callable[[int, int], None] = os.kill) -> No
 
 
 def send_to_main_thread(pid: int, number: int) -> None:
-    """A signal to the process is handled by any thread, while others, if it was stopped, go on."""
+    """Any thread would handle a signal to the process, while the main one, continued, goes on."""
     try:
         ctypes.CDLL(None).tgkill(pid, pid, number)
     except AttributeError:  # glibc has it since 2.30
@@ -1349,9 +1350,9 @@ class RankMonitor:
             self._end(End.STOPPED, reason, number, self.grace)
         elif number in PASSED_ON_SIGNALS:
             send(self.pid, number)
-        elif number == PEER_FAILED and not is_stopped_next:  # which gives it more time
+        elif number == PEER_FAILED and not is_stopped_next:  # whose grace is to win
             self._end(End.PEER_FAILED, "its peer failed", 0, patience)
-        # The kernel sends this also when only the launcher's thread that started us ends.
+        # Also sent when only the launcher's thread that started us ends: hence the look.
         elif number == PARENT_DIED and os.getppid() != launcher:
             reason = f"the launcher (pid {launcher}) is gone"
             self._end(End.LAUNCHER_DIED, reason, 0, patience)
@@ -1413,7 +1414,7 @@ class RankMonitor:
         """Such as: no heartbeat for 3.1 s at step 80 (limit 4 s, --ft-rank-heartbeat-timeout)."""
         clock, deadline = self.clocks.first()
         if not clock:
-            return "monitoring rests"
+            return "not watched now"
         section, since = section_of(clock), self.clocks.running[clock]
         what = AWAITED.get(clock) or f"in section {section!r}"
         step = "" if self.report.step is None else f" at step {self.report.step}"
@@ -1666,7 +1667,7 @@ def failed_by_itself(report: Report) -> bool:
     if report.error is not None:
         return raised_by_itself(report)
     has_ended = report.end in (End.RUNNING, End.BY_ITSELF, End.STOPPED) and report.status != 0
-    return has_ended or report.state == "T"  # stopped, as by a debugger
+    return has_ended or report.state == "T"  # suspended, as by a debugger
 
 
 def judge(

@@ -294,7 +294,7 @@ def train_undisturbed(base: Path, faults: int) -> Chaos:
     return chaos
 
 
-FAULTS = 2  # for each seed in CI; these three seeds have six kinds
+FAULTS = 3  # for each seed in CI
 
 
 @pytest.fixture(scope="module")
@@ -304,7 +304,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Chaos:
 
 @pytest.mark.slow
 @pytest.mark.timeout(RUN_SECONDS * 5)
-@pytest.mark.parametrize("seed", [5, 6, 16])
+@pytest.mark.parametrize("seed", [5])
 def test_a_training_under_random_faults_ends_as_one_that_nothing_has_disturbed(
     undisturbed: Chaos, tmp_path: Path, seed: int
 ) -> None:
