@@ -1701,7 +1701,9 @@ def judge(
     verdict = describe_failure(first)
     if failed_by_itself(first):
         return first, verdict
-    noticed = [describe_failure(report) for report in others if report.error is not None]
+    # What others noticed; and the hang that ended it, if the suspect is another rank.
+    told = [x for x in others if x.error is not None or x.end == End.HUNG != first.end]
+    noticed = [describe_failure(report) for report in told]
     verdict = "; ".join([verdict, *noticed[:1]])
     are_all_here = world is None or len(reports) >= world
     if first.rank in waiting and not are_all_here:

@@ -849,7 +849,8 @@ def test_a_configuration_that_is_not_to_be_overwritten_is_told(
 ) -> None:
     """Case 07: LightningCLI, whose second run fails."""
     parser: Any = types.SimpleNamespace(save=lambda *args, **kwargs: None)
-    save_config = SaveConfigCallback(parser, {}, **options)
+    config: Any = {}
+    save_config = SaveConfigCallback(parser, config, **options)
     Trainer(
         accelerator="cpu", max_epochs=1, limit_train_batches=2, limit_val_batches=0,
         logger=logger if logger is False else CSVLogger(tmp_path, **logger),

@@ -244,6 +244,11 @@ def test_where_ranks_are_elsewhere_one_that_hangs_is_never_suspected_for_certain
         assert found is not None and verdict.startswith("rank 0"), "wherever the others are"
 
 
+def test_the_hang_that_ended_an_attempt_is_told_also_where_another_rank_is_the_suspect() -> None:
+    suspect, verdict = ft_monitor.judge([report(0), hung(1)], {0: TRAIN, 1: WAITS}, 2)
+    assert suspect and suspect.rank == 0 and "; rank 1 (pid 1001) hung: no heartbeat" in verdict
+
+
 def test_a_node_whose_ranks_only_wait_shows_what_they_noticed_of_the_other_nodes() -> None:
     waits = [hung(0), report(1, error=GLOO, error_time=130.0)]
     found, verdict = ft_monitor.judge(waits, {0: WAITS, 1: WAITS}, 4)
