@@ -90,8 +90,10 @@ def train(directory: Path) -> None:
 
     pairs = []
     for _ in range(5):
-        ours = seconds(FaultToleranceCallback(autoresume=False, calculate_timeouts=True))
-        pairs.append(ours - seconds(Empty()))
+        callback = FaultToleranceCallback(
+            autoresume=False, calculate_timeouts=True, exp_dir=directory
+        )
+        pairs.append(seconds(callback) - seconds(Empty()))
     print(json.dumps([statistics.median(pairs) * 1e6]), flush=True)
 
 
@@ -146,7 +148,8 @@ def stop(directory: Path) -> None:
 
     callbacks = [Pace(), ModelCheckpoint(directory, save_last=True, every_n_train_steps=50)]
     if "FT_MONITOR_FD" in os.environ:
-        callbacks.append(FaultToleranceCallback(autoresume=False, calculate_timeouts=True))
+        ours = FaultToleranceCallback(autoresume=False, calculate_timeouts=True, exp_dir=directory)
+        callbacks.append(ours)
     trainer = Trainer(
         max_epochs=-1, logger=False, callbacks=callbacks, accelerator="cpu", devices=2,
         strategy="ddp", enable_progress_bar=False, enable_model_summary=False,
