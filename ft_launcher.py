@@ -154,10 +154,14 @@ class RestartPolicy:
             return f"no progress, {self.no_progress} attempts in a row saved no new checkpoint"
         return None
 
-    def what_is_kept(self, incident: Incident, reports: Sequence[Report]) -> str:
+    def what_is_kept(
+        self, incident: Incident, reports: Sequence[Report], knows_saves: bool = True
+    ) -> str:
         """Of an attempt that was told to stop."""
         step, saved = incident.last_step or 0, max(incident.saved_step or 0, self.saved, 0)
-        if saved < step:
+        if not knows_saves:
+            text = f"at step {step}; what is saved, the launcher of rank 0 tells"
+        elif saved < step:
             text = f"step {saved} is saved, steps to {step} are lost" if saved else "nothing saved"
         else:
             text = f"step {saved} is saved, and the next run resumes there"
@@ -403,15 +407,17 @@ class FaultToleranceAgent(LocalElasticAgent):
 
         Otherwise torch would only wait for them, deaf to those that failed and want a restart.
         """
-        group, is_complete = self._worker_group, self._job.is_complete()
+        group = self._worker_group
         if self._well is None:
             incident = self._note()
             reason = incident and requested(incident, WorkloadAction.ShutdownWorkload)
-            if reason and not is_complete:
+            if reason and not self._job.is_complete():
                 self._end_job(reason)
             self._well, self._wait_until = result, time.monotonic() + self._exit_barrier_timeout
             self._tell(f"{DONE}{group.group_rank}")
-        is_over = is_complete or time.monotonic() > self._wait_until
+        elif time.monotonic() < self._listened + LISTEN_SECONDS:
+            return RunResult(WorkerState.HEALTHY)
+        is_over = self._job.is_complete() or time.monotonic() > self._wait_until
         names = [f"{DONE}{number}" for number in range(group.group_world_size or 1)]
         if self._told(*names) is not None:
             self._exit_barrier_timeout = HEAR_SECONDS  # torch's, which stopped nodes never reach
@@ -440,7 +446,8 @@ class FaultToleranceAgent(LocalElasticAgent):
             incident = self._note(Outcome.STOPPED)
             if incident:
                 reports = ft_monitor.read_reports(self._directory)
-                text = self._job.policy.what_is_kept(incident, reports)
+                is_first = self._worker_group.group_rank == 0
+                text = self._job.policy.what_is_kept(incident, reports, is_first)
                 log.warning("stopped within %.1f s: %s", time.monotonic() - began, text)
         else:
             super()._shutdown(None)  # type: ignore[arg-type]

@@ -754,7 +754,8 @@ client.report_saved(ATTEMPT)
 while NODE == "b" and not (HERE / "latest_a").exists():
     time.sleep(0.05)
 if NODE == "b" and ATTEMPT == 0:
-    time.sleep(1.5)  # meanwhile, launcher a has noticed
+    while not list(HERE.glob("runs/*/incidents.jsonl")):  # launcher a has noticed
+        time.sleep(0.05)
     sys.exit(7)
 (HERE / f"latest_{NODE}").touch()
 if ATTEMPT == 1:
@@ -778,14 +779,20 @@ ready()
 while not (HERE / "stop").exists():  # which all ranks agree on
     client.send_heartbeat(2)
     time.sleep(0.05)
-client.report_saved(2)
+if RANK == 0:
+    client.report_saved(2)
 """
     )
     first, second = two_nodes("", body, "2")
     wait_for_ranks(tmp_path, 2)
     os.kill(second.pid, signal.SIGTERM)
     assert second.wait(20) == 128 + signal.SIGTERM, second.output
-    assert "step 2 is saved, and the next run resumes there" in second.output
+    told = {
+        "rank0.json": "step 2 is saved, and the next run resumes there",
+        "rank1.json": "at step 2; what is saved, the launcher of rank 0 tells",
+    }
+    [rank] = tmp_path.glob(f"runs/*_{second.pid}/attempt_0/rank*.json")
+    assert told[rank.name] in second.output, second.output
     assert first.wait(20) == 0, first.output
 
 
