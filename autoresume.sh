@@ -257,6 +257,7 @@ end_if_over() {
   elif [[ $status == 2 && $run == 1 ]]; then
     end_chain 2 "exit code 2 of the first run: wrong usage"
   elif [[ -n $stop_code ]]; then
+    heed_signals # one that has just come may cancel the continuation
     end "$stop_code" "stopped${continuation:+: job $continuation continues}"
   elif ((failures >= max_failures)); then
     end_chain $((status ? status : 1)) "$failures runs in a row without progress: giving up"
