@@ -100,6 +100,8 @@ UNKNOWN_SECONDS = 1800.0  # default of unknown_timeout
 EXIT_SECONDS = 600.0  # unknown_timeout of a process whose script has ended
 GRACE_SECONDS = 30.0  # as torchrun's --shutdown-timeout
 
+# NVIDIA's settings are in YAML.
+TO_JSON = "python -c 'import json, sys, yaml; print(json.dumps(yaml.safe_load(sys.stdin)))'"
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 1, 4, 36  # of prctl(2)
 PARENT_DIED = signal.SIGURG  # ignored by default, so a stray one is harmless
 PEER_FAILED = signal.SIGABRT
@@ -159,27 +161,6 @@ def parse_signal(value: Any) -> str:
         return signal.Signals[f"SIG{str(value).upper().removeprefix('SIG')}"].name
     except KeyError:
         raise ConfigError(f"got {value!r}, expected a signal, such as SIGTERM") from None
-
-
-def parse_yaml(text: str) -> dict[str, Any]:
-    """Plain YAML, such as NVIDIA's settings: `name: value`, indented in blocks."""
-    found: dict[str, Any] = {}
-    blocks = [(-1, found)]  # that are open, with their indentation
-    for line in text.splitlines():
-        plain = line.partition("#")[0].translate(dict.fromkeys(b"\"'{}"))
-        name, colon, value = (part.strip() for part in plain.partition(":"))
-        if name in ("", "---"):
-            continue
-        if not colon:
-            raise ConfigError(f"got {line!r}, expected an object in JSON")
-        indent = len(plain) - len(plain.lstrip())
-        while indent <= blocks[-1][0]:
-            blocks.pop()
-        block = blocks[-1][1]
-        block[name] = int(value) if value.isdecimal() else value or {}
-        if not value:
-            blocks.append((indent, block[name]))
-    return found
 
 
 def setting(meaning: str, parse: Callable[[Any], Any] = parse_seconds, default: Any = None) -> Any:
@@ -246,12 +227,11 @@ class FaultToleranceConfig:
             if path:
                 with open(path, encoding="utf-8") as file:
                     text = file.read()
-            is_json = text.lstrip().startswith(("{", "["))
-            values = json.loads(text) if is_json else parse_yaml(text)
+            if ":" in text and not text.lstrip().startswith(("{", "[")):
+                raise ConfigError(f"expected JSON; {TO_JSON} < {path or 'FILE'} turns YAML into it")
+            values = json.loads(text)
             if isinstance(values, dict):
                 values = values.get("fault_tolerance", values)
-            if not is_json:
-                raise ConfigError(f"expected JSON, which here is {json.dumps(values)}")
             return cls.from_mapping(values)
         except OSError as error:
             raise ConfigError(f"cannot read {path!r}: {error.strerror}") from None
@@ -269,7 +249,7 @@ class FaultToleranceConfig:
     def add_arguments(parser: argparse.ArgumentParser, **options: Any) -> Any:
         """Add a flag for each setting; return their group."""
         group = parser.add_argument_group("fault tolerance", "times in seconds, 'none' for never")
-        about = "settings in JSON, or in YAML as NVIDIA's; flags beat it"
+        about = "settings in JSON; flags beat it"
         group.add_argument("--ft-cfg-path", metavar="FILE", help=about, **options)
         for field in dataclasses.fields(FaultToleranceConfig):
             flag, about = f"--ft-{field.name.replace('_', '-')}", field.metadata["meaning"]
@@ -711,9 +691,10 @@ class RankMonitorClient:
     def send_heartbeat(self, step: int | None = None) -> None:
         if not self.is_initialized:
             raise RankMonitorClientError(NOT_CONNECTED)
-        # By hand: json.dumps takes longer than all the rest.
-        line = b'{"type": "heartbeat", "time": %.6f, "step": ' % time.monotonic()
-        line += b"null}\n" if step is None else b"%d}\n" % step
+        # By hand, and from whole numbers: json.dumps and %f take longer than all the rest.
+        number = b"null" if step is None else b"%d" % step
+        values = time.monotonic_ns(), number
+        line = b'{"type": "heartbeat", "time": %de-9, "step": %b}\n' % values
         if self._unsent:
             self._flush()
         try:
@@ -1197,8 +1178,9 @@ class Log:
 
     def info(self, text: str, *values: Any) -> None:
         lines = (text % values if values else text).split("\n")
-        data = "".join(f"[{self.prefix}] {line}\n" for line in lines).encode(errors="replace")
-        within(LOG_SECONDS, lambda: os.write(2, data))
+        data = "".join(f"[{self.prefix}] {line}\n" for line in lines)
+        bar = "\r\033[K" if os.isatty(2) else "\n" * (len(lines) > 1)  # a progress bar's rest
+        within(LOG_SECONDS, lambda: os.write(2, (bar + data).encode(errors="replace")))
 
     warning = error = info
 
@@ -1884,12 +1866,21 @@ def render_status(reports: Sequence[Report], now: float) -> str:
 
 
 def find_run_dir(path: Path) -> Path:
-    """`path`, or the run below it that has started workers last. Raises ConfigError."""
-    links = [x for x in (path / "latest", *path.glob("*/latest")) if x.is_symlink()]
+    """The run of `path`, or below it: one that is alive, or that has started workers last.
+
+    Raises ConfigError.
+    """
+    places = (path, path.parent, *path.glob("*"))
+    links = [place / "latest" for place in places if (place / "latest").is_symlink()]
     if not links:
         remedy = "give the directory that ft_launcher prints as evidence"
         raise ConfigError(f"no run found in {str(path)!r}: {remedy}")
-    return max(links, key=lambda link: link.lstat().st_mtime).parent
+
+    def freshness(link: Path) -> tuple[bool, float]:
+        _, _, pid = link.parent.name.rpartition("_")  # of its launcher, or its monitor
+        return os.path.exists(f"/proc/{pid}"), link.lstat().st_mtime
+
+    return max(links, key=freshness).parent
 
 
 def asks_to_look(argv: Sequence[str]) -> bool:

@@ -749,12 +749,15 @@ def test_the_status_shows_the_newest_run_below_a_directory_or_the_run_itself(
         ["--ft_status", run_dir],
         [f"--ft-status={run_dir}"],
         ["--ft-status", runs],
+        ["--ft-status", run_dir / "attempt_2"],  # as printed with a verdict
     ):
         name, _, *rows = shown(capsys, *command)
         assert name == str(run_dir) and [line.split()[0] for line in rows] == ["0", "1"]
     assert shown(capsys, "--ft-status", runs / "older")[0] == str(runs / "older")
     monkeypatch.setenv("PET_FT_RUN_DIR", str(runs / "older"))
     assert shown(capsys, "--ft-status")[0] == str(runs / "older")
+    alive = (runs / "older").rename(runs / f"host_{os.getpid()}")  # named as by its launcher
+    assert shown(capsys, "--ft-status", runs)[0] == str(alive)
 
 
 def test_the_report_shows_what_became_of_each_attempt(
