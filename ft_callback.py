@@ -641,7 +641,8 @@ class FaultToleranceCallback(pl.Callback):
         by, flag = self._client.stop_requested(), os.environ.get(FLAG_VARIABLE)
         if flag and trainer.is_global_zero:
             file = f"{flag}.stop"
-            by = by or (file if within(LOOK_SECONDS, lambda: os.path.exists(file)) else None)
+            is_there = within(LOOK_SECONDS, lambda: os.path.exists(file)) is True
+            by = by or (file if is_there else None)
         is_ending = trainer.should_stop and getattr(trainer.fit_loop, "_can_stop_early", True)
         return None if is_ending else by
 

@@ -211,8 +211,8 @@ class Job:
     state: State = dataclasses.field(default_factory=State)
 
     def is_complete(self) -> bool:
-        found = ft_monitor.within(ft_monitor.FILE_SECONDS, lambda: os.path.exists(self.flag or ""))
-        return bool(found)
+        exists = functools.partial(os.path.exists, self.flag or "")
+        return ft_monitor.within(ft_monitor.FILE_SECONDS, exists) is True
 
     def learn(self, reports: Sequence[Report]) -> None:
         """Keep what an attempt has learned, for the next one and for later runs."""
@@ -229,7 +229,7 @@ class Job:
 
         result = ft_monitor.within(ft_monitor.FILE_SECONDS, update)
         if not isinstance(result, tuple):
-            self.log.warning("cannot keep what was learned: %s", result or f"{path} hangs")
+            self.log.warning("cannot keep what was learned in %s: %s", path, result)
             result = self.state, self.state.after(reports, self.run_id)
         before, self.state = result
         os.environ["FT_LEARNED"] = json.dumps(self.state.longest)
@@ -462,7 +462,8 @@ class FaultToleranceAgent(LocalElasticAgent):
             return None
         self._is_noted = True
         within = functools.partial(ft_monitor.within, ft_monitor.FILE_SECONDS)
-        reports = within(lambda: ft_monitor.read_reports(self._directory)) or []
+        found = within(lambda: ft_monitor.read_reports(self._directory))
+        reports = found if isinstance(found, list) else []
         workers = self._worker_group.workers
         if sum(bool(report.pid and report.ended) for report in reports) < len(workers):
             # A monitor was killed. What its rank has left descends from us now, a subreaper, as
@@ -482,14 +483,12 @@ class FaultToleranceAgent(LocalElasticAgent):
         )
         self._job.learn(reports)
 
-        def note() -> bool:
+        def note() -> None:
             with open(self._job.run_dir / "incidents.jsonl", "a", encoding="utf-8") as file:
                 file.write(ft_monitor.to_text(dataclasses.asdict(incident)))
-            return True
 
-        result = within(note)
-        if result is not True:
-            problem = result or "its file system does not answer"
+        problem = within(note)
+        if problem is not None:
             self._job.log.warning("cannot write down how the attempt ended: %s", problem)
         return incident
 

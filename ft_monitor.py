@@ -685,7 +685,7 @@ class RankMonitorClient:
             if isinstance(state, State):
                 earlier = {**state.longest, **earlier}
             else:
-                warn(f"starting without what was learned: {state or f'{path} does not answer'}")
+                warn(f"starting without what was learned in {path}: {state}")
         self._send_learned(earlier)
 
     def send_heartbeat(self, step: int | None = None) -> None:
@@ -909,6 +909,7 @@ class RankMonitorClient:
             bye()
 
         atexit.register(bye)
+        sys.excepthook = functools.partial(show_error, sys.excepthook)
         threading.Thread(target=wait, daemon=True, name="ft_monitor").start()
 
 
@@ -973,6 +974,20 @@ def describe_error(error: BaseException) -> str:
     for frame in [frame for frame in frames if not is_library(frame.filename)][-1:]:
         text += f" ({os.path.basename(frame.filename)}:{frame.lineno} in {frame.name})"
     return text
+
+
+def show_error(show: Callable[..., Any], kind: Any, error: BaseException, trace: Any) -> None:
+    """As sys.excepthook: of what ends a rank for want of a peer, the screen needs one line."""
+    import re
+    import traceback
+
+    text, path = describe_error(error), evidence_path("traceback.txt")
+    if re.match(COMMUNICATION_ERROR, text):
+        full = "".join(traceback.format_exception(kind, error, trace))
+        if within(FILE_SECONDS, lambda: write_file(path, full)) is None:
+            print(f"rank {rank_number()} lost a peer: {text}; traceback: {path}", file=sys.stderr)
+            return
+    show(kind, error, trace)
 
 
 def rank_number() -> int:
@@ -1085,9 +1100,9 @@ def oom_kills() -> int:
 
 
 def within(seconds: float, function: Callable[[], Any]) -> Any:
-    """What a function returns, or the OSError or ValueError it raises; None if it takes longer, as
-    where a file system hangs, and its thread is left behind, or if no thread can be started."""
-    results: list[Any] = []
+    """What a function returns, or the OSError or ValueError that it raises: a TimeoutError if it
+    takes longer, as where a file system hangs, and its thread is left behind."""
+    results: list[Any] = [TimeoutError(f"no answer within {seconds:g} s")]
 
     def call() -> None:
         try:
@@ -1097,7 +1112,7 @@ def within(seconds: float, function: Callable[[], Any]) -> Any:
 
     if (thread := start_thread(call)) is not None:
         thread.join(seconds)
-    return results[0] if results else None
+    return results[-1]
 
 
 def start_thread(function: Callable[..., Any], *args: Any) -> threading.Thread | None:

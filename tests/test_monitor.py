@@ -1051,11 +1051,29 @@ def test_an_error_is_told_in_one_line_with_its_place(error: BaseException, text:
     assert re.fullmatch(rf"{re.escape(text)} \(test_monitor\.py:\d+ in test_an_error.*\)", told)
 
 
+def test_a_rank_that_ends_for_want_of_a_peer_takes_one_line_of_the_screen(watch: Watch) -> None:
+    lost = "RuntimeError: [gloo/transport/tcp/pair.cc:547] Connection closed by peer"
+    watched = watch(f"connect(); raise RuntimeError({lost.split(': ')[1]!r})")
+    assert watched.ends() == 1
+    evidence = watched.directory / "run" / "attempt_0" / "rank0.traceback.txt"
+    told = f"rank 0 lost a peer: {lost} (rank.py:"
+    lines = [line for line in watched.output.splitlines() if not line.startswith("[")]
+    assert len(lines) == 1 and lines[0].startswith(told) and lines[0].endswith(str(evidence))
+    assert evidence.read_text().startswith("Traceback") and lost in evidence.read_text()
+    assert watched.report.error is not None and watched.report.error.startswith(lost)
+
+
+def test_the_error_of_a_rank_itself_is_shown_whole(watch: Watch) -> None:
+    watched = watch("connect(); raise RuntimeError('a connection to the data base')")
+    assert watched.ends() == 1 and "Traceback" in watched.output
+
+
 def test_every_line_of_a_message_begins_with_who_speaks(capfd: pytest.CaptureFixture[str]) -> None:
     log = ft_monitor.Log("ft 3")
     log.warning("%s", "one\n  two\n\ud800")
     log.error("100%")
-    assert capfd.readouterr().err == "[ft 3] one\n[ft 3]   two\n[ft 3] ?\n[ft 3] 100%\n"
+    # And what a progress bar has left in the line ends before several.
+    assert capfd.readouterr().err == "\n[ft 3] one\n[ft 3]   two\n[ft 3] ?\n[ft 3] 100%\n"
 
 
 def run_monitor(start: Start, *arguments: str, **environment: str) -> tuple[int, list[str]]:

@@ -372,7 +372,7 @@ hang()
     watched = watch(body, initial_rank_heartbeat_timeout=2)
     assert watched.ends() == -signal.SIGKILL
     assert 1 <= float(watched.told("seconds")) < 1.9
-    assert "state.json does not answer" in watched.output
+    assert "state.json: no answer within" in watched.output
     watched = watch(body.replace("1.0", "60.0"), initial_rank_heartbeat_timeout=1)
     start = time.monotonic()
     assert watched.ends() == -signal.SIGKILL
