@@ -16,7 +16,7 @@ a failed rank are killed at once, each end is explained, and there is no restart
 Files in FT_RUN_DIR, a directory of this launcher's own (variables: see ft_monitor.py)
     attempt_<n>/      the monitors' reports and stacks of ranks
     latest            link to the newest attempt
-    incidents.jsonl   one line for each attempt that has ended
+    incidents.jsonl   one line for each attempt that has ended; then all is copied to FLAG.evidence
     health_check/     the report of --ft-node-health-check
     logs/             torchrun's --log-dir, unless it is given
 
@@ -83,6 +83,9 @@ def end_early(number: int, frame: Any) -> None:
 if __name__ == "__main__":  # before torch, whose import takes seconds
     if ft_monitor.asks_to_look(sys.argv[1:]):
         sys.exit(ft_monitor.show(sys.argv[1:]))
+    if importlib.util.find_spec("torch") is None:
+        print(f"ft_launcher.py: error: {sys.executable} has no torch: activate its environment")
+        sys.exit(2)
     ignore_user_signals()
     for early in ft_monitor.STOP_SIGNALS:
         if signal.getsignal(early) != signal.SIG_IGN:  # as under nohup
@@ -98,8 +101,10 @@ from torch.distributed.elastic.rendezvous import RendezvousClosedError, Rendezvo
 from torch.distributed.elastic.rendezvous import dynamic_rendezvous as c10d
 from torch.distributed.launcher import api as launcher_api
 
+NO_CALLBACK = "is FaultToleranceCallback among the Trainer's callbacks?"
 EXIT_FAILED = 1
 EXIT_GAVE_UP = 93
+KEPT_RUNS = 20  # the newest, in each place
 HEALTH_CHECK_SECONDS = 60.0
 RENDEZVOUS_TRIES = 3  # for a node that is lost as the nodes meet
 LISTEN_SECONDS = 1.0  # between looks for what other nodes tell
@@ -172,6 +177,14 @@ class RestartPolicy:
         return text
 
 
+def prune(directory: Path) -> None:
+    """Remove old runs, but not of launchers that live."""
+    runs = sorted(directory.glob("*/latest"), key=lambda link: link.lstat().st_mtime)
+    for run in [link.parent for link in runs][:-KEPT_RUNS]:
+        if not ft_monitor.is_alive(run):
+            shutil.rmtree(run, ignore_errors=True)
+
+
 def bug_of(error: str | None) -> str | None:
     """An error with its place, whatever addresses and sizes it tells of; None if it may go away."""
     message = ft_monitor.without_place(error)
@@ -213,6 +226,16 @@ class Job:
     def is_complete(self) -> bool:
         exists = functools.partial(os.path.exists, self.flag or "")
         return ft_monitor.within(ft_monitor.FILE_SECONDS, exists) is True
+
+    def keep_evidence(self) -> None:
+        """Copy it to FLAG.evidence: after a job, nobody may reach this host's files."""
+        if self.flag:
+            copies = Path(f"{self.flag}.evidence")
+            ignore = shutil.ignore_patterns("logs")  # which may be large
+            target = copies / self.run_dir.name
+            (target / "latest").unlink(missing_ok=True)  # which would not be replaced
+            shutil.copytree(self.run_dir, target, symlinks=True, ignore=ignore, dirs_exist_ok=True)
+            prune(copies)
 
     def learn(self, reports: Sequence[Report]) -> None:
         """Keep what an attempt has learned, for the next one and for later runs."""
@@ -487,7 +510,7 @@ class FaultToleranceAgent(LocalElasticAgent):
             with open(self._job.run_dir / "incidents.jsonl", "a", encoding="utf-8") as file:
                 file.write(ft_monitor.to_text(dataclasses.asdict(incident)))
 
-        problem = within(note)
+        problem = within(note) or within(self._job.keep_evidence)
         if problem is not None:
             self._job.log.warning("cannot write down how the attempt ended: %s", problem)
         return incident
@@ -602,6 +625,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Job, Any]:
         check_script(args)
         adapt(args, run_dir)
         run_dir.mkdir(parents=True, mode=0o700)
+        prune(run_dir.parent)
         launch = torch.distributed.run.config_from_args(args)
         check_tasks(launch[0].max_nodes)
         if flag:
@@ -750,9 +774,9 @@ def run(job: Job, launch: Any) -> int:
         log.error("the nodes of this job lost each other, or one gave up: %s: %s", kind, error)
         return EXIT_FAILED
     if job.flag and not job.is_complete():
-        log.warning("the workers ended well, but training is not complete: no %s", job.flag)
         if not any(x.connected for x in ft_monitor.read_incidents(job.run_dir)[-1:]):
-            log.warning("no rank has connected: is FaultToleranceCallback among the callbacks?")
+            return give_up(job, f"no rank told of training: {NO_CALLBACK}")
+        log.warning("the workers ended well, but training is not complete: no %s", job.flag)
     return 0
 
 

@@ -1891,11 +1891,12 @@ def find_run_dir(path: Path) -> Path:
         remedy = "give the directory that ft_launcher prints as evidence"
         raise ConfigError(f"no run found in {str(path)!r}: {remedy}")
 
-    def freshness(link: Path) -> tuple[bool, float]:
-        _, _, pid = link.parent.name.rpartition("_")  # of its launcher, or its monitor
-        return os.path.exists(f"/proc/{pid}"), link.lstat().st_mtime
+    return max(links, key=lambda link: (is_alive(link.parent), link.lstat().st_mtime)).parent
 
-    return max(links, key=freshness).parent
+
+def is_alive(run_dir: Path) -> bool:
+    """Whether its launcher, or its monitor without one, whose pid ends its name, may still run."""
+    return os.path.exists(f"/proc/{run_dir.name.rpartition('_')[2]}")
 
 
 def asks_to_look(argv: Sequence[str]) -> bool:

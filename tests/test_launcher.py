@@ -590,7 +590,25 @@ def test_a_run_is_looked_at_without_waiting_for_the_import_of_torch(
         assert "torch was imported" not in job.output
 
 
+def test_only_the_newest_runs_are_kept_and_those_that_live(tmp_path: Path) -> None:
+    names = [f"host_{os.getpid()}", *(f"host_x{age}" for age in range(24)), "of the user"]
+    for age, name in enumerate(names):
+        (tmp_path / name / "attempt_0").mkdir(parents=True)
+        if name != names[-1]:
+            (tmp_path / name / "latest").symlink_to("attempt_0")
+            os.utime(tmp_path / name / "latest", (age, age), follow_symlinks=False)
+    ft_launcher.prune(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {names[0], *names[5:]}
+
+
 # -------------------------------------------------------------------------------------- wrong usage
+
+
+def test_a_python_without_torch_is_named(start: Callable[..., Started]) -> None:
+    job = start([sys.executable, "-I", "-S", ROOT / "ft_launcher.py", "train.py"])
+    assert job.wait() == 2
+    remedy = "has no torch: activate its environment"
+    assert job.output == f"ft_launcher.py: error: {sys.executable} {remedy}\n"
 
 
 @pytest.fixture

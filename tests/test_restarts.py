@@ -556,13 +556,18 @@ def test_ranks_that_end_well_without_the_finished_flag_are_warned_of(
 ) -> None:
     settings = ["--ft-exit-timeout=60"]
     warning = "[ft_launcher] the workers ended well, but training is not complete: no "
-    hint = "[ft_launcher] no rank has connected: is FaultToleranceCallback among the callbacks?"
+    reason = "no rank told of training: is FaultToleranceCallback among the Trainer's callbacks?"
     unfinished = job(settings, "client.init_workload_monitoring()")
     assert unfinished.wait() == 0
     assert our_lines(unfinished.output)[1:] == [f"{warning}{tmp_path / 'finished'}"]
     unconnected = job(settings, "")
-    assert unconnected.wait() == 0
-    assert our_lines(unconnected.output)[1:] == [f"{warning}{tmp_path / 'finished'}", hint]
+    assert unconnected.wait() == 93  # the next run would be no better
+    assert our_lines(unconnected.output)[1:] == [f"[ft_launcher] gave up: {reason}"]
+    assert reason in (tmp_path / "finished.gave_up").read_text()
+    # What is on a node's own disk is out of reach after a job.
+    runs = list((tmp_path / "finished.evidence").iterdir())
+    reports = [run / "latest" / "rank0.json" for run in runs]
+    assert len(runs) == 2 and all(ft_monitor.Report.read(report).status == 0 for report in reports)
     (tmp_path / "finished").touch()
     finished = job(settings, "")
     assert finished.wait() == 0 and len(our_lines(finished.output)) == 1
