@@ -4,7 +4,7 @@
 #   ./autoresume.sh [OPTIONS] COMMAND...
 #   ./autoresume.sh python ft_launcher.py --nproc-per-node=4 --max-restarts=3 train.py
 #
-#   --max-failures N  end after N runs in a row without a new checkpoint (3)
+#   --max-failures N  end after N runs in a row without a further checkpoint (3)
 #   --flag FILE       FLAG, if not ft_finished.flag or, in a job array, ft_finished_TASK.flag
 #   --slurm MODE      what does the next run after exit code 0 in a SLURM job:
 #     chain           the next job, queued at once to start however this one ends (default)
@@ -123,8 +123,9 @@ recall() {
     rm -f -- "$flag.gave_up" # whoever starts a job wants to try again
     return
   fi
-  [[ $runs:$failed =~ ^[1-9][0-9]*:(0|[1-9][0-9]*)$ ]] || return
+  [[ $runs:$failed:$noted =~ ^[1-9][0-9]*:(0|[1-9][0-9]*):(-|[0-9]{1,18})$ ]] || return
   run=$runs
+  [[ $noted == - ]] || best=$((10#$noted))
   [[ ${step:--} != "$noted" ]] || failures=$failed
 }
 
@@ -230,15 +231,20 @@ run_command() {
   child=''
 }
 
-run_once() {
+# Whether there is a checkpoint that is further than all of this job's before.
+has_progressed() {
   local before=$step
+  read_member step "$flag.progress" step
+  [[ $step != "$before" && $step =~ ^[0-9]{1,18}$ ]] && ((10#$step > best)) && best=$((10#$step))
+}
+
+run_once() {
   run=$((run + 1)) failures=$((failures + 1)) # until it shows progress
   note "run $run starts"
   SECONDS=0
   run_command 2>/dev/null # where bash says "Killed"
-  read_member step "$flag.progress" step
   # A command that tells of no checkpoints shows by its time that it works.
-  [[ $step == "$before" ]] && ((status || ${#step} || SECONDS < 60)) || failures=0
+  has_progressed || ((!status && !${#step} && SECONDS >= 60)) && failures=0
   note "run $run ended with exit code $status after $SECONDS s, newest checkpoint:" \
     "${step:-none}, failures in a row: $failures of $max_failures"
   # SLURM may end the steps of a job before the job, to preempt it.
@@ -280,7 +286,7 @@ main() {
   parse_arguments "$@"
   check_arguments
   child='' signals='' stop_code='' handing_over='' status='' run=0 failures=0
-  continuation='' queued='' step=''
+  continuation='' queued='' step='' best=-1
   know_job
   recall
   end_if_over

@@ -317,7 +317,12 @@ class SimulatedFaultParams:
         delay = self.base_delay + rng.random() * self.rand_delay
         if rank == trainer.global_rank:
             logger.warning("simulated fault: %s on rank %d in %.1f s", kind, rank, delay)
-            timer = threading.Timer(delay, os.kill, (os.getpid(), FAULT_SIGNALS[kind]))
+
+            def fail() -> None:
+                logger.warning("simulated fault: %s on rank %d, now", kind, rank)
+                os.kill(os.getpid(), FAULT_SIGNALS[kind])
+
+            timer = threading.Timer(delay, fail)
             timer.daemon = True
             timer.start()
 

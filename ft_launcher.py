@@ -223,9 +223,13 @@ class Job:
     run_id: str = ""  # the same on all nodes
     state: State = dataclasses.field(default_factory=State)
 
-    def is_complete(self) -> bool:
-        exists = functools.partial(os.path.exists, self.flag or "")
+    def has_file(self, suffix: str = "") -> bool:
+        """Whether FLAG is there, which says that training is complete, or a file beside it."""
+        exists = functools.partial(os.path.exists, f"{self.flag or ''}{suffix}")
         return ft_monitor.within(ft_monitor.FILE_SECONDS, exists) is True
+
+    def is_complete(self) -> bool:
+        return self.has_file()
 
     def keep_evidence(self) -> None:
         """Copy it to FLAG.evidence: after a job, nobody may reach this host's files."""
@@ -774,7 +778,8 @@ def run(job: Job, launch: Any) -> int:
         log.error("the nodes of this job lost each other, or one gave up: %s: %s", kind, error)
         return EXIT_FAILED
     if job.flag and not job.is_complete():
-        if not any(x.connected for x in ft_monitor.read_incidents(job.run_dir)[-1:]):
+        has_connected = any(x.connected for x in ft_monitor.read_incidents(job.run_dir)[-1:])
+        if not (has_connected or job.has_file(".stop")):  # heeded, maybe, by a script
             return give_up(job, f"no rank told of training: {NO_CALLBACK}")
         log.warning("the workers ended well, but training is not complete: no %s", job.flag)
     return 0

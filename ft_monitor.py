@@ -1423,12 +1423,12 @@ class RankMonitor:
 
     def _finish(self) -> int:
         """The rank is gone, or given up: clear up after it, and return its status."""
+        report = self.report
+        report.ended = time.time()
         left = kill_descendants()
         if left:
             self.log.error("%s do not end after SIGKILL", left)
         self.hear(time.monotonic())  # its last words
-        report = self.report
-        report.ended = time.time()
         report.oom_kills += oom_kills()
         if report.status is None:
             report.status = -signal.SIGKILL

@@ -11,13 +11,15 @@ What makes it so is marked with numbers:
 """
 
 import argparse
+import logging
 import os
 import pydoc_data.topics
+import warnings
 from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -44,13 +46,18 @@ class CharacterModel(LightningModule):
     def validation_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
         return self._loss("val_loss", batch)
 
+    def on_validation_epoch_end(self) -> None:
+        if self.trainer.is_global_zero and not self.trainer.sanity_checking:
+            loss = self.trainer.callback_metrics["val_loss"]
+            print(f"step {self.global_step}: validation loss {loss:.3f}", flush=True)
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=3e-3)
 
     def _loss(self, name: str, batch: list[torch.Tensor]) -> torch.Tensor:
         text = batch[0]
         loss = nn.functional.cross_entropy(self(text[:, :-1]).transpose(1, 2), text[:, 1:])
-        self.log(name, loss, prog_bar=True, sync_dist=True)
+        self.log(name, loss, sync_dist=True)
         return loss
 
 
@@ -86,6 +93,11 @@ def main() -> None:
     )
     args = parser.parse_args()
 
+    # Let the screen tell of faults and restarts alone.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore")
+
     seed_everything(1)
     training, validation, vocabulary = load_text()
     first_start = os.environ.get("FT_ATTEMPT", "0") == "0" and not (args.dir / "last.ckpt").exists()
@@ -102,6 +114,8 @@ def main() -> None:
         limit_train_batches=args.steps_per_epoch,
         default_root_dir=args.dir,
         logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
         callbacks=[
             ModelCheckpoint(dirpath=args.dir, save_last=True, save_on_train_epoch_end=True),  # 2
             FaultToleranceCallback(
@@ -110,7 +124,6 @@ def main() -> None:
                 exp_dir=args.dir,
                 simulated_fault_params=fault,
             ),  # 4
-            TQDMProgressBar(refresh_rate=10),
         ],
     )
     trainer.fit(

@@ -97,9 +97,9 @@ def test_runs_without_progress_end_it_at_the_limit(
 def make_every_run_a_long_one(directory: Path) -> Path:
     """A copy of the script to which no run is too short to be taken for progress."""
     text = Path(AUTORESUME).read_text()
-    assert text.count("SECONDS < 60") == 1
+    assert text.count("SECONDS >= 60") == 1
     script = directory / "autoresume.sh"
-    script.write_text(text.replace("SECONDS < 60", "SECONDS < 0"))
+    script.write_text(text.replace("SECONDS >= 60", "SECONDS >= 0"))
     script.chmod(0o755)
     return script
 
@@ -354,6 +354,16 @@ def test_the_same_checkpoint_again_is_no_progress(
     job = run(body, "--max-failures=2")
     assert job.wait() == 7
     assert starts(directory) == 3
+
+
+def test_a_lower_checkpoint_than_before_is_no_progress(
+    run: Callable[..., Started], directory: Path
+) -> None:
+    """A job that begins anew each time, and gets more or less far; whatever an older job had."""
+    (directory / "ft_finished.flag.progress").write_text('{"step": 900}')
+    job = run("steps=(0 20 30 20 10); save ${steps[n]}; exit 7", "--max-failures=2")
+    assert job.wait() == 7
+    assert starts(directory) == 4
 
 
 def test_a_reason_is_shown_whole(run: Callable[..., Started], directory: Path) -> None:
