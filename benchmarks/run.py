@@ -1,6 +1,6 @@
 """Measures what fault tolerance costs and saves, beside torchrun in the same run.
 
-    python benchmarks/run.py [--repeat 5] [--nvrx PYTHON]
+    python benchmarks/run.py [--repeat 5 | --quick] [--nvrx PYTHON]
 
 Prints a table in Markdown: medians, with the lowest and highest value behind them. `--nvrx` names a
 Python that has nvidia_resiliency_ext, whose launcher then takes part. Launchers take turns, so that
@@ -17,6 +17,7 @@ import os
 import platform
 import re
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -31,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 import ft_monitor  # noqa: E402  from the directory above
 
 LIMIT = 120.0  # seconds that a job may take for each of its parts
+STUCK, TWO_NODES = ", a survivor stuck in C", ", two nodes"
 RANKS = 8  # of which a monitor's memory is measured
 Samples = dict[str, list[float]]  # by what was measured
 
@@ -109,8 +111,11 @@ def hang(directory: Path) -> None:
 def all_reduce(directory: Path) -> None:
     """In the first attempt, rank 1 kills itself while rank 0 is stuck in C code with a handler for
     SIGTERM, as every Lightning rank has: it does not run before the C code returns."""
+    (directory / "interpreter").write_text(str(time.time()))
     import torch
     import torch.distributed as dist
+
+    (directory / "imports").write_text(str(time.time()))
 
     signal.signal(signal.SIGTERM, lambda number, frame: None)
     failure = directory / "failure"
@@ -222,27 +227,54 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def measure_restart(launcher: list[str], is_stuck: bool, samples: Samples) -> None:
+def measure_restart(launcher: list[str], case: str, samples: Samples) -> None:
     """One job whose rank 1 dies once, to its end. Raises RuntimeError if it does not come back."""
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, open(f"{name}/log", "wb") as log:
         directory = Path(name)
-        if is_stuck:
+        options = ["--nproc-per-node=2"]
+        if case == STUCK:
             (directory / "stuck").touch()
+        if case == TWO_NODES:
+            with socket.create_server(("localhost", 0)) as free:
+                endpoint = f"--rdzv-endpoint=localhost:{free.getsockname()[1]}"
+            options = ["--nproc-per-node=1", "--nnodes=2", "--rdzv-backend=c10d", endpoint]
+        command = [*launcher, *options, "--max-restarts=1", *program("all_reduce", name)[2:]]
         variables = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-        options = ["--nproc-per-node=2", "--max-restarts=1"]
-        command = [*launcher, *options, *program("all_reduce", name)[2:]]
+        environment = {**os.environ, **variables}
         start = time.time()
-        with open(directory / "log", "wb") as log:
-            job = subprocess.run(
-                command, env={**os.environ, **variables}, stdout=log, stderr=log, timeout=LIMIT
-            )
-        if job.returncode:
-            log_text = (directory / "log").read_text(errors="replace")
-            raise RuntimeError(f"{command} ended with {job.returncode}: {log_text}")
-        times = [float((directory / x).read_text()) for x in ("first", "failure", "again")]
-        samples["start to first step, s"].append(times[0] - start)
-        case = "with a survivor stuck in C" if is_stuck else "plain"
-        samples[f"death to first step, {case}, s"].append(times[2] - times[1])
+        nodes = [
+            subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+            for _ in range(1 + (case == TWO_NODES))
+        ]
+        try:
+            statuses = [node.wait(LIMIT) for node in nodes]
+        finally:
+            for node in nodes:
+                node.terminate()
+                node.wait(LIMIT)
+        if any(statuses):
+            raise RuntimeError(f"{command} ended with {statuses}: {Path(log.name).read_text()}")
+        files = ("first", "failure", "interpreter", "imports", "again")
+        first, failure, interpreter, imports, again = [
+            float((directory / file).read_text()) for file in files
+        ]
+        samples[f"death to first step{case}, s"].append(again - failure)
+        if not case:
+            samples["start to first step, s"].append(first - start)
+            samples["... death to a new rank's first line, s"].append(interpreter - failure)
+            samples["... import of torch, s"].append(imports - interpreter)
+            samples["... process group and first all_reduce, s"].append(again - imports)
+
+
+def measure_status(samples: Samples) -> None:
+    """Of a run of one rank that has ended."""
+    with tempfile.TemporaryDirectory() as directory:
+        ours = [sys.executable, str(ROOT / "ft_launcher.py")]
+        options = ["--ft-run-dir", directory, "--no-python"]
+        subprocess.run([*ours, *options, "true"], stderr=subprocess.DEVNULL, check=True)
+        start = time.monotonic()
+        subprocess.run([*ours, "--ft-status", directory], stdout=subprocess.DEVNULL, check=True)
+        samples["--ft-status, s"].append(time.monotonic() - start)
 
 
 def measure_stop(launcher: list[str], samples: Samples) -> None:
@@ -289,6 +321,8 @@ def table(results: dict[str, Samples]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure ft_launcher beside torchrun.")
     parser.add_argument("--repeat", type=int, default=5, metavar="N", help="of each (default: 5)")
+    about = "once each, within 3 minutes"
+    parser.add_argument("--quick", action="store_const", dest="repeat", const=1, help=about)
     parser.add_argument("--nvrx", metavar="PYTHON", help="that has nvidia_resiliency_ext")
     parser.add_argument("--rank", choices=RANK_PROGRAMS, help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
@@ -309,9 +343,10 @@ def main() -> None:
     for _ in range(args.repeat):
         measure_rank(results["ft_launcher"])
         measure_memory(results["ft_launcher"])
-        for is_stuck in (False, True):
+        measure_status(results["ft_launcher"])
+        for case in ("", STUCK, TWO_NODES):
             for name, launcher in launchers.items():
-                measure_restart(launcher, is_stuck, results[name])
+                measure_restart(launcher, case, results[name])
         for name, launcher in launchers.items():
             measure_stop(launcher, results[name])
     import torch
