@@ -791,7 +791,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     ignore_user_signals()
     ft_monitor.process_control(ft_monitor.PR_SET_CHILD_SUBREAPER, 1)  # see _note()
     prepare_environment(job)
-    job.log.info("settings: %s; evidence: %s", job.config.to_json(), job.run_dir)
+    settings = {
+        name: value
+        for name, value in dataclasses.asdict(job.config).items()
+        if value != getattr(FaultToleranceConfig(), name)
+    }
+    copied = f", copied to {job.flag}.evidence" if job.flag else ""
+    job.log.info("settings: %s; evidence: %s%s", json.dumps(settings), job.run_dir, copied)
     if not job.config.is_watching():
         job.log.info("no timeout is set: hang detection begins if ranks calculate them")
     if launch[0].rdzv_backend == "static" and launch[0].max_restarts:
