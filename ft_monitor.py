@@ -977,15 +977,15 @@ def describe_error(error: BaseException) -> str:
 
 
 def show_error(show: Callable[..., Any], kind: Any, error: BaseException, trace: Any) -> None:
-    """As sys.excepthook: of what ends a rank for want of a peer, the screen needs one line."""
+    """As sys.excepthook: where a peer is gone, or a call of ours was wrong, one line is enough."""
     import re
     import traceback
 
     text, path = describe_error(error), evidence_path("traceback.txt")
-    if re.match(COMMUNICATION_ERROR, text):
+    if isinstance(error, RankMonitorClientError) or re.match(COMMUNICATION_ERROR, text):
         full = "".join(traceback.format_exception(kind, error, trace))
         if within(FILE_SECONDS, lambda: write_file(path, full)) is None:
-            print(f"rank {rank_number()} lost a peer: {text}; traceback: {path}", file=sys.stderr)
+            print(f"rank {rank_number()}: {text}; traceback: {path}", file=sys.stderr)
             return
     show(kind, error, trace)
 

@@ -1056,11 +1056,17 @@ def test_a_rank_that_ends_for_want_of_a_peer_takes_one_line_of_the_screen(watch:
     watched = watch(f"connect(); raise RuntimeError({lost.split(': ')[1]!r})")
     assert watched.ends() == 1
     evidence = watched.directory / "run" / "attempt_0" / "rank0.traceback.txt"
-    told = f"rank 0 lost a peer: {lost} (rank.py:"
+    told = f"rank 0: {lost} (rank.py:"
     lines = [line for line in watched.output.splitlines() if not line.startswith("[")]
     assert len(lines) == 1 and lines[0].startswith(told) and lines[0].endswith(str(evidence))
     assert evidence.read_text().startswith("Traceback") and lost in evidence.read_text()
     assert watched.report.error is not None and watched.report.error.startswith(lost)
+
+
+def test_a_wrong_call_of_ours_takes_one_line_of_the_screen(watch: Watch) -> None:
+    watched = watch("connect(); client.end_section('x')")
+    assert watched.ends() == 1 and "Traceback" not in watched.output
+    assert "rank 0: RankMonitorClientError: section 'x' is not open" in watched.output
 
 
 def test_the_error_of_a_rank_itself_is_shown_whole(watch: Watch) -> None:
