@@ -80,12 +80,15 @@ def end_early(number: int, frame: Any) -> None:
     os._exit(128 + number)
 
 
+ENVIRONMENT = dict(os.environ)  # as it was given
+
 if __name__ == "__main__":  # before torch, whose import takes seconds
     if ft_monitor.asks_to_look(sys.argv[1:]):
         sys.exit(ft_monitor.show(sys.argv[1:]))
     if importlib.util.find_spec("torch") is None:
         print(f"ft_launcher.py: error: {sys.executable} has no torch: activate its environment")
         sys.exit(2)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # for this process alone
     ignore_user_signals()
     for early in ft_monitor.STOP_SIGNALS:
         if signal.getsignal(early) != signal.SIG_IGN:  # as under nohup
@@ -723,6 +726,8 @@ def quieten_torch() -> None:
 
 
 def prepare_environment(job: Job) -> None:
+    if "TORCH_CPP_LOG_LEVEL" not in ENVIRONMENT:
+        os.environ.pop("TORCH_CPP_LOG_LEVEL", None)
     os.environ["FT_CONFIG"] = job.config.to_json()
     os.environ["FT_RUN_DIR"] = str(job.run_dir)
     os.environ["FT_LAUNCHER_PID"] = str(os.getpid())
@@ -774,8 +779,12 @@ def run(job: Job, launch: Any) -> int:
         log.error("this node leaves the job: %s", error)
         return EXIT_FAILED if launch[0].max_nodes == 1 else 0
     except (RendezvousError, torch.distributed.DistError) as error:
-        kind = type(error).__name__
-        log.error("the nodes of this job lost each other, or one gave up: %s: %s", kind, error)
+        text = "the nodes of this job lost each other, or one gave up"
+        if not (job.run_dir / "latest").is_symlink():
+            text = f"the nodes did not meet at {launch[0].rdzv_endpoint}: is it right on all nodes"
+            text += f", and do {launch[0].min_nodes} of them start"
+        reason, *_ = f"{type(error).__name__}: {error}".splitlines()  # and then C++ frames
+        log.error("%s: %s", text, reason)
         return EXIT_FAILED
     if job.flag and not job.is_complete():
         has_connected = any(x.connected for x in ft_monitor.read_incidents(job.run_dir)[-1:])

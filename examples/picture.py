@@ -14,8 +14,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = (
-    "./autoresume.sh python ft_launcher.py --nproc-per-node=2 --max-restarts=3 --ft-rank-heartbeat-timeout=4"
-    " examples/train.py --fault rank_hung"
+    "./autoresume.sh python ft_launcher.py --nproc-per-node=2 --max-restarts=3"
+    " --ft-rank-heartbeat-timeout=4 examples/train.py --fault rank_hung"
 )
 COLUMNS, LINE_HEIGHT, CHARACTER_WIDTH = 104, 19, 8.43
 COLOURS = ((r"\[(ft|auto)", "#f0c674"), (r"simulated fault", "#cc6666"), (r"\$", "#ffffff"))

@@ -573,6 +573,21 @@ def test_ranks_that_end_well_without_the_finished_flag_are_warned_of(
     assert finished.wait() == 0 and len(our_lines(finished.output)) == 1
 
 
+def test_nodes_that_do_not_meet_are_told_so_in_one_line(
+    start: Callable[..., Started], tmp_path: Path
+) -> None:
+    """Of torch's attempts to connect, with C++ frames, there is none."""
+    (tmp_path / "train.py").touch()
+    rendezvous = ["--rdzv-backend=c10d", "--rdzv-endpoint=ft.invalid:29400"]
+    options = ["--nnodes=2", *rendezvous, "--rdzv-conf=read_timeout=1"]
+    alone = start([*test_launcher.LAUNCHER, *options, "train.py"])
+    assert alone.wait() == 1
+    *settings, line = alone.output.splitlines()
+    assert len(settings) == 2
+    told = "the nodes did not meet at ft.invalid:29400: is it right on all nodes, and do 2 of them"
+    assert line.startswith(f"[ft_launcher] {told} start: RendezvousConnectionError")
+
+
 @pytest.mark.parametrize(
     "spoil",
     [
