@@ -181,9 +181,10 @@ class RestartPolicy:
 
 
 def prune(directory: Path) -> None:
-    """Remove old runs, but not of launchers that live."""
-    runs = sorted(directory.glob("*/latest"), key=lambda link: link.lstat().st_mtime)
-    for run in [link.parent for link in runs][:-KEPT_RUNS]:
+    """Remove old runs of this host, but not of launchers that live."""
+    name = re.compile(rf"\d{{8}}-\d{{6}}_{re.escape(os.uname().nodename)}_\d+")
+    runs = sorted(run for run in directory.glob("*_*") if name.fullmatch(run.name))
+    for run in runs[:-KEPT_RUNS]:
         if not ft_monitor.is_alive(run):
             shutil.rmtree(run, ignore_errors=True)
 

@@ -591,14 +591,14 @@ def test_a_run_is_looked_at_without_waiting_for_the_import_of_torch(
 
 
 def test_only_the_newest_runs_are_kept_and_those_that_live(tmp_path: Path) -> None:
-    names = [f"host_{os.getpid()}", *(f"host_x{age}" for age in range(24)), "of the user"]
-    for age, name in enumerate(names):
+    times = [f"20261128-{minute:04}00" for minute in range(25)]
+    alive, *runs = [f"{at}_{os.uname().nodename}_{4194305 + n}" for n, at in enumerate(times)]
+    alive = alive.replace("4194305", str(os.getpid()))
+    theirs = ["latest", "20261128", "20261128-x_host_1", "run_1", "20261128-000000_elsewhere_1"]
+    for name in (alive, *runs, *theirs):
         (tmp_path / name / "attempt_0").mkdir(parents=True)
-        if name != names[-1]:
-            (tmp_path / name / "latest").symlink_to("attempt_0")
-            os.utime(tmp_path / name / "latest", (age, age), follow_symlinks=False)
     ft_launcher.prune(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {names[0], *names[5:]}
+    assert {path.name for path in tmp_path.iterdir()} == {alive, *runs[4:], *theirs}
 
 
 # -------------------------------------------------------------------------------------- wrong usage
