@@ -3,11 +3,14 @@
     trainer = Trainer(callbacks=[FaultToleranceCallback(autoresume=True), ...], ...)
     trainer.fit(model, ckpt_path="last")
 
+or, with `ft_launcher.py --ft-auto`, without a change to the script: see follow_every_fit.
+
 Tells the rank's monitor of steps, by heartbeats, and of all that may be slow, by sections. Works
 with `lightning` and `pytorch_lightning`, in `fit` alone. A step, here, is a trained batch.
 
     hook                what it does; the section until the next hook
     setup               connects; "setup", or "resume" where a checkpoint had been saved
+    on_load_checkpoint  a fit that had stopped early is done
     on_train_start      ranks must start at one step, and restarts resume; "first_batch"
     on_train_batch_end  heartbeat; stops if asked; none, or "epoch_turn" after an epoch's last batch
     on_validation_*     stops if asked; "validation", entered again with each batch
@@ -26,11 +29,14 @@ script there, with exit code 0; the next run resumes there. Before and after `fi
 from __future__ import annotations
 
 import atexit
+import collections
 import concurrent.futures
 import contextlib
 import copy
 import dataclasses
+import functools
 import importlib.util
+import inspect
 import json
 import logging
 import math
@@ -45,7 +51,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 
@@ -63,13 +69,14 @@ from ft_monitor import (
     within,
 )
 
+PACKAGES = "lightning.pytorch", "pytorch_lightning"
+
 
 def lightning_package() -> str:
     """The package that the script has imported, or else one that is installed."""
-    names = ["lightning.pytorch", "pytorch_lightning"]
-    loaded = [name for name in names if name in sys.modules]
-    installed = [name for name in names if importlib.util.find_spec(name.split(".")[0])]
-    return (loaded or installed or names)[0]
+    loaded = [name for name in PACKAGES if name in sys.modules]
+    installed = [name for name in PACKAGES if importlib.util.find_spec(name.split(".")[0])]
+    return (loaded or installed or PACKAGES)[0]
 
 
 if TYPE_CHECKING:
@@ -84,6 +91,7 @@ EPOCH_TURN, VALIDATION = "epoch_turn", "validation"
 AWAITING, FINISHING = "awaiting_checkpoint", "finishing"
 TUNERS = "LearningRateFinder.on_fit_start", "BatchSizeFinder.on_fit_start"
 KEEP_LAST = "give ModelCheckpoint(save_last=True)"
+COMPLETE = "ft_complete"  # in a checkpoint: why there is nothing left to train
 OVERWRITE = 'give LightningCLI(save_config_kwargs={"overwrite": True})'
 FAULT_SIGNALS = {"rank_killed": signal.SIGKILL, "rank_hung": signal.SIGSTOP}
 LOOK_SECONDS = 0.5  # for a file system to tell if there is a file
@@ -109,6 +117,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self.is_async = is_async
         self.section: Callable[[], Any] = contextlib.nullcontext  # in which a caller waits
         self.saved: Callable[[Any, Any], None] | None = None  # told of a checkpoint, and its path
+        self.dispensable = ""  # path; that it cannot be written does not end training
         self._thread: concurrent.futures.ThreadPoolExecutor | None = None
         self._error: BaseException | None = None  # in the thread
 
@@ -126,10 +135,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             self._do(self._save, checkpoint, path, storage_options)
 
     def _save(self, checkpoint: Any, path: Any, storage_options: Any) -> None:
-        if storage_options is not None or "://" in str(path):
-            super().save_checkpoint(checkpoint, path, storage_options)
-        else:
-            write_checkpoint(checkpoint, path)
+        try:
+            if storage_options is not None or "://" in str(path):
+                super().save_checkpoint(checkpoint, path, storage_options)
+            else:
+                write_checkpoint(checkpoint, path)
+        except Exception as error:
+            if str(path) != self.dispensable:
+                raise
+            logging.getLogger(LOGGER).warning("cannot save %s: %r", path, error)
+            return
         if self.saved is not None:
             self.saved(checkpoint, path)
 
@@ -255,10 +270,16 @@ def given_to_fit(trainer: pl.Trainer) -> dict[str, Any]:
     return given
 
 
-def obstacles(trainer: pl.Trainer, given: Mapping[str, Any]) -> Iterator[str]:
+def obstacles(
+    trainer: pl.Trainer, given: Mapping[str, Any], rolling: Rolling | None
+) -> Iterator[str]:
     """What will keep restarts from resuming, and the line to change. On all ranks."""
     keepers = [keeper for keeper in model_checkpoints(trainer) if keeper.save_last]
-    if not keepers and given.get("ckpt_path") == "last":
+    if rolling is not None:
+        keepers = []
+    elif given.get("ckpt_path") is None:
+        yield f'trainer.fit got no ckpt_path: {KEEP_LAST} and ckpt_path="last", or --ft-auto'
+    elif given["ckpt_path"] == "last" and not keepers:
         yield f"no last checkpoint is kept: {KEEP_LAST}"
     if any(keeper.save_weights_only for keeper in keepers):
         yield "the last checkpoint has weights only: give ModelCheckpoint(save_weights_only=False)"
@@ -276,6 +297,20 @@ def obstacles(trainer: pl.Trainer, given: Mapping[str, Any]) -> Iterator[str]:
                 yield f"{callback.config_filename} would exist already: {OVERWRITE}"
 
 
+def resumes_from(trainer: pl.Trainer, given: Mapping[str, Any], rolling: Rolling | None) -> str:
+    """Where a restart resumes, if there are no obstacles, and how often that is saved."""
+    if rolling is not None:
+        return f"{rolling.path}, saved every {rolling.seconds / 60:g} minutes"
+    keeper = last_keeper(trainer, is_kept=True)
+    if given.get("ckpt_path") != "last" or keeper is None:
+        return f"{given.get('ckpt_path')}, or what your script then gives"
+    count, unit = keeper.every_n_epochs or keeper._every_n_train_steps, "steps"
+    if keeper.every_n_epochs:
+        unit = "epochs"
+    how_often = keeper._train_time_interval or f"{count} {unit if count > 1 else unit[:-1]}"
+    return f"{last_path(trainer, keeper)}, saved every {how_often}"
+
+
 def why_not_resumed(trainer: pl.Trainer, checkpoint: str, given: Mapping[str, Any]) -> str:
     """Why `checkpoint` was not loaded, and the line to change; else what is known."""
     if "://" not in checkpoint and not os.path.exists(checkpoint):
@@ -287,6 +322,72 @@ def why_not_resumed(trainer: pl.Trainer, checkpoint: str, given: Mapping[str, An
         return f"no last checkpoint is kept: {KEEP_LAST}"
     loaded = trainer.ckpt_path or "nothing"
     return f'trainer.fit(ckpt_path={given.get("ckpt_path")!r}) loaded {loaded}: give it "last"'
+
+
+# ------------------------------------------------------------------------------------ --ft-auto
+
+
+@dataclasses.dataclass(frozen=True)
+class Rolling:
+    """A fit's own checkpoint, written again and again."""
+
+    path: Path
+    seconds: float  # from one save to the next
+
+
+def follow_every_fit() -> list[Any]:
+    """Lightning calls this for each new Trainer, as ft_launcher --ft-auto has put an entry point on
+    the ranks' path. Callbacks are not added here, but by `fit`: Lightning has no hook between that
+    and its choice of what to load."""
+    directory = os.environ.pop("FT_AUTO", None)  # not for processes that this one starts
+    for name in PACKAGES:
+        if directory and name in sys.modules:
+            trainer_class = sys.modules[name].Trainer
+            trainer_class.fit = resuming(trainer_class.fit, Path(directory))
+    return []
+
+
+def resuming(fit: Callable[..., None], directory: Path) -> Callable[..., None]:
+    """Trainer.fit with our callback, which resumes where the script names no checkpoint. Fits are
+    told apart by their model's class and, for each, by their order."""
+    signature, fits = inspect.signature(fit), collections.Counter[str]()
+    seconds = 60 * float(os.environ["FT_AUTO_SAVE_MINUTES"])
+
+    @functools.wraps(fit)
+    def fit_and_resume(trainer: Any, *args: Any, **kwargs: Any) -> None:
+        given = signature.bind(trainer, *args, **kwargs)
+        values = given.arguments
+        if not getattr(trainer, "fast_dev_run", False):
+            model = values["model"]
+            name = type(getattr(model, "_orig_mod", model)).__name__  # less torch.compile
+            path = directory / f"fit_{name}_{fits[name]}.ckpt"
+            fits[name] += 1
+            ours, is_tuning = prepare(trainer, directory)
+            ours.rolling = None
+            if values.get("ckpt_path") is None and not is_tuning:
+                ours.rolling = Rolling(path, seconds)
+                if is_complete(path):
+                    values.update(ckpt_path=path, weights_only=False)  # it is our own
+        fit(*given.args, **given.kwargs)
+
+    return fit_and_resume
+
+
+def prepare(trainer: Any, directory: Path) -> tuple[Any, bool]:
+    """The Trainer's FaultToleranceCallback, if need be a new one; and whether a tuner is there."""
+    callbacks, keepers = trainer.callbacks, trainer.checkpoint_callbacks
+    is_tuning = any(is_lightnings(type(x).on_fit_start, *TUNERS) for x in callbacks)
+    for callback in callbacks:
+        if is_lightnings(type(callback).setup, "SaveConfigCallback.setup"):
+            callback.overwrite = True  # or a restart would fail
+    # Of whatever module, as a script may have a copy in a package of its own.
+    name = FaultToleranceCallback.__name__
+    named = [x for x in callbacks if name in [kind.__name__ for kind in type(x).__mro__]]
+    if not named:
+        named = [FaultToleranceCallback(True, calculate_timeouts=True, exp_dir=directory)]
+        place = callbacks.index(keepers[0]) if keepers else len(callbacks)  # as Lightning's order
+        trainer.callbacks = [*callbacks[:place], *named, *callbacks[place:]]
+    return named[0], is_tuning
 
 
 # ----------------------------------------------------------------------------- simulated faults
@@ -341,6 +442,7 @@ class FaultToleranceCallback(pl.Callback):
     """
 
     has_trained: ClassVar[bool] = False  # this process: another fit may well start at step 0
+    rolling: Rolling | None = None  # this fit's, under --ft-auto
 
     def __init__(
         self,
@@ -366,6 +468,14 @@ class FaultToleranceCallback(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        if not {"FT_MONITOR_FD", FLAG_VARIABLE} & os.environ.keys():  # in a debugger, or a notebook
+            callbacks = cast(Any, trainer).callbacks
+            cast(Any, trainer).callbacks = [
+                callback for callback in callbacks if callback is not self
+            ]
+            if trainer.is_global_zero:
+                self.logger.warning("not started by ft_launcher: FaultToleranceCallback is off")
+            return
         self._client.shutdown_workload_monitoring()  # of a fit before this one
         state_file = self._state_file(trainer)
         self._client.init_workload_monitoring(None, self.calculate_timeouts, state_file)
@@ -382,6 +492,11 @@ class FaultToleranceCallback(pl.Callback):
         self._fit.give_signals_back(self._client)
 
     on_test_start = on_predict_start = on_sanity_check_start
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        if checkpoint.get(COMPLETE):
+            self._fit.complete = checkpoint[COMPLETE]
+            trainer.should_stop = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._check_start(trainer)
@@ -403,7 +518,7 @@ class FaultToleranceCallback(pl.Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.on_train_batch_start()
-        if self._fit.is_stopping:
+        if self._fit.is_asked:
             self._stop_if_asked(trainer)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
@@ -444,8 +559,10 @@ class FaultToleranceCallback(pl.Callback):
         self._fit.ask_soon()
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        if not self._fit.is_stopping:
+        if not self._fit.is_saving:
             return
+        if trainer.should_stop and not self._fit.is_training:  # at its end
+            checkpoint[COMPLETE] = self._why_complete(trainer)
         loop = checkpoint["loops"]["fit_loop"]
         validation, epoch = loop["epoch_loop.val_loop.batch_progress"], loop["epoch_progress"]
         if trainer.validating:  # as in its first batch: Lightning would skip the rest
@@ -470,6 +587,8 @@ class FaultToleranceCallback(pl.Callback):
         self._be_in(FINISHING)
         self._stop_if_asked(trainer)
         self._fit.is_training = False
+        if self.rolling is not None:  # a restart finds this fit done
+            self._save(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Not called after an exception, or for a tuner alone."""
@@ -548,13 +667,17 @@ class FaultToleranceCallback(pl.Callback):
         is_plain = is_lightnings(type(strategy).save_checkpoint, "Strategy.save_checkpoint")
         self._fit.writes = trainer.is_global_zero or not is_plain
         io: Any = strategy.checkpoint_io
-        if type(io) is not AtomicCheckpointIO:
-            is_async = is_lightnings(type(io), "AsyncCheckpointIO")
-            inner = type(io.checkpoint_io if is_async else io)
-            if inner is not AtomicCheckpointIO and not is_lightnings(inner, "TorchCheckpointIO"):
-                return
+        is_async = is_lightnings(type(io), "AsyncCheckpointIO")
+        inner = type(io.checkpoint_io if is_async else io)
+        if is_lightnings(inner, "TorchCheckpointIO") or (is_async and inner is AtomicCheckpointIO):
             io = strategy.checkpoint_io = AtomicCheckpointIO(is_async)
-        io.section, io.saved = self._checkpointing, self._report_saved
+        if type(io) is AtomicCheckpointIO:
+            io.section, io.saved = self._checkpointing, self._report_saved
+        if self.rolling is not None and not (is_plain and type(io) is AtomicCheckpointIO):
+            self.rolling = None
+            if trainer.is_global_zero:
+                kind = type(strategy if not is_plain else io).__name__
+                self.logger.warning("--ft-auto keeps no checkpoints: %s has its own way", kind)
 
     @contextlib.contextmanager
     def _checkpointing(self) -> Iterator[None]:
@@ -567,6 +690,8 @@ class FaultToleranceCallback(pl.Callback):
         try:
             progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
             step = progress["total"]["processed"]
+            if self.rolling is not None and str(path) != str(self.rolling.path):
+                return  # restarts do not resume there
             if step > 0 and "optimizer_states" in checkpoint:
                 self._client.report_saved(step, where)
                 self._try_to_load(where)
@@ -577,7 +702,8 @@ class FaultToleranceCallback(pl.Callback):
         """Once, and as a restart will, but without reading tensors."""
         if not self._fit.may_try or not os.path.isfile(path):
             return
-        self._fit.may_try, weights_only = False, self._fit.given.get("weights_only")
+        self._fit.may_try = False
+        weights_only = False if self.rolling else self._fit.given.get("weights_only")
         try:
             torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
         except Exception as error:  # whatever a restart would end with
@@ -594,13 +720,18 @@ class FaultToleranceCallback(pl.Callback):
         if step != first:
             raise RuntimeError(
                 f"rank {trainer.global_rank} starts at step {step}, rank 0 at {first}: give "
-                "ModelCheckpoint(dirpath=...) a directory that all nodes share"
+                "ModelCheckpoint(dirpath=...), or --ft-auto-dir, a directory that all nodes share"
             )
         if self.has_trained:
             return
-        found, self._fit.may_try = list(obstacles(trainer, self._fit.given)), trainer.is_global_zero
+        given, rolling = self._fit.given, self.rolling
+        found, self._fit.may_try = list(obstacles(trainer, given, rolling)), trainer.is_global_zero
         if found and trainer.is_global_zero:
-            self.logger.warning("*** A RESTART WILL NOT RESUME ***\n*** %s", "\n*** ".join(found))
+            text = "if a rank fails now, TRAINING WILL NOT RESUME: %s"
+            self.logger.warning(text, "; ".join(found))
+        elif trainer.is_global_zero:
+            where = resumes_from(trainer, given, rolling)
+            self.logger.info("if a rank fails now, training resumes from %s", where)
         if step > 0 or not trainer.is_global_zero:
             return
         try:
@@ -608,37 +739,42 @@ class FaultToleranceCallback(pl.Callback):
             step, checkpoint = int(noted["step"]), str(noted["checkpoint"])
         except (OSError, *BROKEN):
             return
-        keeper = last_keeper(trainer, is_kept=True)
+        keeper = None if rolling else last_keeper(trainer, is_kept=True)
         path = last_path(trainer, keeper) if keeper else ""
         newest = restore_last(path) if keeper else None
         if newest is not None:
             raise RuntimeError(f"{path} was missing: linked {newest}, for a restart to resume")
         self.logger.warning(
             "*** TRAINING STARTS AT STEP 0 ALTHOUGH STEP %d WAS SAVED ***\n*** in %s\n*** %s",
-            step, checkpoint, why_not_resumed(trainer, checkpoint, self._fit.given),
+            step, checkpoint, why_not_resumed(trainer, checkpoint, given),
         )  # fmt: skip
 
     def _stop_if_asked(
         self, trainer: pl.Trainer, is_apt: bool = True, is_same: bool = True
     ) -> None:
-        """All ranks ask each other and stop together: at an apt batch, not amid accumulated
-        gradients, unless the grace is running out."""
+        """All ranks ask each other, and save or stop together: at an apt batch, not amid
+        accumulated gradients, unless the grace is running out."""
         fit, strategy, now = self._fit, trainer.strategy, time.monotonic()
         by = self._asked_by(trainer)
         grace = float(os.environ.get("FT_SHUTDOWN_TIMEOUT") or GRACE_SECONDS)
         is_late = by in ("SIGTERM", "SIGINT") and now - fit.asked_at > grace / 2
         rate = fit.stride / (now - fit.asked_at + 1e-3)
         stride = min(int(rate * STOP_CHECK_SECONDS), STOP_CHECK_BATCHES, 2 * fit.stride)
-        answer = [by is not None, is_late, not is_same, stride]
+        every = self.rolling.seconds if self.rolling and trainer.is_global_zero else math.inf
+        is_due = now > fit.saved_at + every
+        answer = [by is not None, is_due, is_late, not is_same, stride]
         answers = torch.tensor(answer, device=strategy.root_device)
-        asking, late, unlike, strides = strategy.reduce(answers, reduce_op="sum").tolist()
-        fit.is_stopping = asking > 0
+        stopping, due, late, unlike, strides = strategy.reduce(answers, reduce_op="sum").tolist()
+        fit.is_asked = stopping + due > 0
         batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
         is_amid = batches % trainer.accumulate_grad_batches > 0 and not trainer.is_last_batch
-        if asking and (late or (is_apt and not is_amid)):
-            self._stop(trainer, by or "another rank", is_amid)
-        fit.asked_at = fit.asked_at if asking else now
-        fit.stride = 1 if asking else 1 + strides // trainer.world_size
+        if late or (fit.is_asked and is_apt and not is_amid):
+            if stopping:
+                self._stop(trainer, by or "another rank", is_amid)
+            self._save(trainer)
+            now, fit.is_asked = time.monotonic(), False
+        fit.asked_at = fit.asked_at if stopping else now
+        fit.stride = 1 if fit.is_asked else 1 + strides // trainer.world_size
         fit.next_check = math.inf if unlike else fit.ticks + fit.stride
 
     def _asked_by(self, trainer: pl.Trainer) -> str | None:
@@ -651,12 +787,24 @@ class FaultToleranceCallback(pl.Callback):
         is_ending = trainer.should_stop and getattr(trainer.fit_loop, "_can_stop_early", True)
         return None if is_ending else by
 
-    def _stop(self, trainer: pl.Trainer, by: str, is_amid: bool) -> None:
-        keeper, what = last_keeper(trainer), "nothing saved: there is no ModelCheckpoint"
-        if keeper is not None:  # which in a next run, too, writes there and not beside it
+    def _save(self, trainer: pl.Trainer, is_needed: bool = False) -> str:
+        """For a next run to resume there; what it is, in words."""
+        keeper, io = last_keeper(trainer), cast(Any, trainer.strategy.checkpoint_io)
+        if self.rolling is not None:
+            io.dispensable = "" if is_needed else str(self.rolling.path)
+            path, text = str(self.rolling.path), "saved %s, where the next run resumes"
+        elif keeper is not None:  # which in a next run, too, writes there and not beside it
             path = keeper.last_model_path = last_path(trainer, keeper)
-            trainer.save_checkpoint(path, weights_only=False)
-            what = f'saved {path}, where ckpt_path="last" resumes'
+            text = 'saved %s, where ckpt_path="last" resumes'
+        else:
+            return "nothing saved: there is no ModelCheckpoint"
+        self._fit.is_saving = True
+        trainer.save_checkpoint(path, weights_only=False)
+        self._fit.is_saving, self._fit.saved_at = False, time.monotonic()
+        return text % path
+
+    def _stop(self, trainer: pl.Trainer, by: str, is_amid: bool) -> None:
+        what = self._save(trainer, is_needed=True)
         self._be_in(FINISHING)
         trainer.strategy.checkpoint_io.teardown()  # waits for what a thread still writes
         if trainer.is_global_zero:
@@ -670,8 +818,8 @@ class FaultToleranceCallback(pl.Callback):
 
     def _why_complete(self, trainer: pl.Trainer) -> str | None:
         """Why there is nothing left to train; None if a next run has to resume."""
-        if getattr(trainer, "fast_dev_run", False):
-            return None
+        if self._fit.complete or getattr(trainer, "fast_dev_run", False):
+            return self._fit.complete
         if 0 < trainer.max_steps <= trainer.global_step:
             return f"max_steps={trainer.max_steps} reached"
         # Lightning counts an epoch that was stopped in the middle as one that is over.
@@ -701,7 +849,12 @@ class Fit:
         self.stride = 1  # ticks up to then
         self.asked_at = 0.0  # monotonic, when ranks last asked and none wanted to stop
         self.is_training = False  # from on_train_start to on_train_end
-        self.is_stopping = False  # at the next apt batch
+        self.is_asked = False  # to save, or to stop, at the next apt batch
+        self.is_saving = False  # because of that
+        self.saved_at = time.monotonic()
+        self.complete: str | None = (
+            None  # why there was nothing left to train, as a checkpoint says
+        )
 
     def __reduce__(self) -> Any:
         return Fit, ()  # handlers may be anything
@@ -709,7 +862,7 @@ class Fit:
     def ask_soon(self) -> None:
         """What follows may be slower than what came before."""
         self.stride, self.next_check = 1, self.ticks + 1
-        self.asked_at = self.asked_at if self.is_stopping else time.monotonic()
+        self.asked_at = self.asked_at if self.is_asked else time.monotonic()
 
     def is_due(self) -> bool:
         self.ticks += 1

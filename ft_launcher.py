@@ -2,6 +2,7 @@
 """torchrun plus fault tolerance: a monitor for each rank, and restarts that lead somewhere.
 
     python ft_launcher.py --nproc-per-node=4 --max-restarts=3 train.py
+    python ft_launcher.py --ft-auto train.py       any Lightning script, unchanged, resumes
     python ft_launcher.py --ft-status [RUN_DIR]    how the ranks of a run on this host do
     python ft_launcher.py --ft-report [RUN_DIR]    what became of each attempt
 
@@ -18,6 +19,7 @@ Files in FT_RUN_DIR, a directory of this launcher's own (variables: see ft_monit
     latest            link to the newest attempt
     incidents.jsonl   one line for each attempt that has ended; then all is copied to FLAG.evidence
     health_check/     the report of --ft-node-health-check
+    plugin/           for --ft-auto: lets Lightning find ft_callback.follow_every_fit
     logs/             torchrun's --log-dir, unless it is given
 
 Exit codes
@@ -38,6 +40,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -95,7 +98,7 @@ if __name__ == "__main__":  # before torch, whose import takes seconds
             signal.signal(early, end_early)
 
 import torch.distributed.run
-from torch.distributed.argparse_util import env
+from torch.distributed.argparse_util import check_env, env
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import SignalException
@@ -225,6 +228,7 @@ class Job:
     health_check: str | None = None  # a shell command
     flag: str | None = None  # the finished flag, unless there was one at the start
     run_id: str = ""  # the same on all nodes
+    auto: dict[str, str] = dataclasses.field(default_factory=dict)  # ranks' variables, --ft-auto
     state: State = dataclasses.field(default_factory=State)
 
     def has_file(self, suffix: str = "") -> bool:
@@ -588,6 +592,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--ft-max-no-progress-cycles", type=int, metavar="N", default=3, help=about)
     about = "run before each start of workers; unless it ends with 0 within 60 s, this node leaves"
     add("--ft-node-health-check", metavar="COMMAND", help=about)
+    about = "let any Lightning script resume, unchanged, from checkpoints that we keep"
+    group.add_argument("--ft-auto", action=check_env, help=about)
+    about = "where we keep them (ft_checkpoints, beside the finished flag)"
+    add("--ft-auto-dir", metavar="DIR", help=about)
+    about = "from one of them to the next (%(default)s)"
+    add("--ft-auto-save-minutes", type=float, metavar="N", default=10.0, help=about)
     about = "below it, each launcher keeps its evidence (default: %(default)s)"
     add("--ft-run-dir", metavar="DIR", default=ft_monitor.default_run_dir(), help=about)
     return parser
@@ -628,6 +638,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Job, Any]:
     name = f"{time.strftime('%Y%m%d-%H%M%S')}_{os.uname().nodename}_{os.getpid()}"
     run_dir = Path(args.ft_run_dir).absolute() / name
     flag = os.environ.get(FLAG_VARIABLE) and os.path.abspath(os.environ[FLAG_VARIABLE])
+    log = ft_monitor.Log("ft_launcher")
     try:
         config = FaultToleranceConfig.from_args(args)
         check_script(args)
@@ -636,18 +647,21 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Job, Any]:
         prune(run_dir.parent)
         launch = torch.distributed.run.config_from_args(args)
         check_tasks(launch[0].max_nodes)
+        auto = auto_variables(args, flag)
+        flag = auto.get(FLAG_VARIABLE, flag)
         if flag:
             lock_flag(flag, launch[0].run_id)
+        if auto:
+            begin_auto(auto, run_dir, log)
     except (ValueError, AssertionError, RuntimeError, OSError) as error:  # a ConfigError too
         shutil.rmtree(run_dir, ignore_errors=True)
         parser.error(" ".join(str(error).split()))
-    log = ft_monitor.Log("ft_launcher")
     if ignored:
         log.warning("ignoring what has no meaning here: %s", " ".join(ignored))
     policy = RestartPolicy(args.ft_max_no_progress_cycles)
     flag = None if flag is None or os.path.exists(flag) else flag
     check = args.ft_node_health_check
-    return Job(run_dir, config, log, policy, check, flag, launch[0].run_id), launch
+    return Job(run_dir, config, log, policy, check, flag, launch[0].run_id, auto), launch
 
 
 def check_script(args: argparse.Namespace) -> None:
@@ -694,6 +708,43 @@ def check_tasks(nodes: int) -> None:
         )
 
 
+def auto_variables(args: argparse.Namespace, flag: str | None) -> dict[str, str]:
+    """What --ft-auto adds to the ranks' environment. Each training has a directory of its own, and
+    another script, or other arguments, never resume its checkpoints."""
+    if not args.ft_auto:
+        return {}
+    minutes = args.ft_auto_save_minutes
+    if not 0 < minutes < math.inf:
+        raise ConfigError(f"--ft-auto-save-minutes: got {minutes:g}, expected more than 0")
+    script = os.path.abspath(args.training_script)
+    key = json.dumps([script, *args.training_script_args, flag])
+    name = f"{Path(script).stem}_{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+    base = args.ft_auto_dir or os.path.join(os.path.dirname(flag or ""), "ft_checkpoints")
+    directory = os.path.abspath(os.path.join(base, name))
+    variables = {"FT_AUTO": directory, "FT_AUTO_SAVE_MINUTES": str(minutes)}
+    return {**variables, FLAG_VARIABLE: flag or os.path.join(directory, "finished")}
+
+
+def begin_auto(auto: dict[str, str], run_dir: Path, log: ft_monitor.Log) -> None:
+    """Let ranks find our entry point, and a training that follows a complete one start anew."""
+    directory, flag = Path(auto["FT_AUTO"]), Path(auto[FLAG_VARIABLE])
+    directory.mkdir(parents=True, exist_ok=True)
+    is_over = flag.parent == directory and flag.exists()  # nobody but us would remove that
+    for path in directory.iterdir() if is_over else ():
+        if path.name.startswith(flag.name) or path.suffix == ".ckpt":
+            path.unlink(missing_ok=True)
+    if is_over:
+        log.info("the training before was complete: starting a new one in %s", directory)
+    elif any(directory.glob("*.ckpt")):
+        log.info("resuming the training in %s (to start anew, remove that)", directory)
+    plugin = run_dir / "plugin" / "ft_auto-0.dist-info"  # as pip would install
+    plugin.mkdir(parents=True)
+    (plugin / "METADATA").write_text("Metadata-Version: 2.1\nName: ft-auto\nVersion: 0\n")
+    groups = [f"[{name}.callbacks_factory]" for name in ("lightning.pytorch", "pytorch_lightning")]
+    entry = "ft_auto = ft_callback:follow_every_fit"
+    (plugin / "entry_points.txt").write_text("".join(f"{group}\n{entry}\n" for group in groups))
+
+
 def lock_flag(flag: str, rendezvous: str) -> None:
     """Let no other training on this host have this finished flag, as long as this process lives.
     Launchers of one rendezvous share it."""
@@ -736,8 +787,11 @@ def prepare_environment(job: Job) -> None:
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     if os.environ.get(FLAG_VARIABLE):  # for ranks that change their directory
         os.environ[FLAG_VARIABLE] = os.path.abspath(os.environ[FLAG_VARIABLE])
-    if os.path.basename(HERE) not in ("site-packages", "dist-packages"):  # where ft_callback is
-        paths = [os.environ.get("PYTHONPATH"), HERE]
+    os.environ.update(job.auto)
+    is_installed = os.path.basename(HERE) in ("site-packages", "dist-packages")
+    plugin = str(job.run_dir / "plugin") if job.auto else None
+    paths = [os.environ.get("PYTHONPATH"), None if is_installed else HERE, plugin]
+    if any(paths):
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
 
 

@@ -656,9 +656,10 @@ class Holder(Callback):
 def told(caplog: pytest.LogCaptureFixture) -> list[str]:
     """The obstacles that were told, in one warning."""
     texts = [record.getMessage() for record in caplog.records]
-    warnings = [text for text in texts if "A RESTART WILL NOT" in text or "NO RESTART" in text]
+    warnings = [text for text in texts if "TRAINING WILL NOT" in text or "NO RESTART" in text]
     assert len(warnings) <= 1, warnings
-    return warnings[0].replace("*** ", "").splitlines()[1:] if warnings else []
+    text = "".join(warnings).partition("WILL NOT RESUME: ")[2]
+    return text.split("; ") if text else "".join(warnings).replace("*** ", "").splitlines()[1:]
 
 
 @pytest.mark.parametrize(
