@@ -64,6 +64,7 @@ from ft_monitor import (
     SAVE_SIGNALS,
     RankMonitorClient,
     RankMonitorClientError,
+    WorkloadAction,
     WorkloadControlRequest,
     progress_files,
     within,
@@ -534,8 +535,12 @@ class FaultToleranceCallback(pl.Callback):
             self.logger.warning("no optimizer steps, as global_step says: no ModelCheckpoint saves")
         if fit.is_due():
             # Resuming would skip the validation or epoch's end that comes next.
-            batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-            is_next = batches % (trainer.val_check_batch or math.inf) == 0 or trainer.is_last_batch
+            progress = trainer.fit_loop.epoch_loop.batch_progress
+            counted = (
+                progress.total if trainer.check_val_every_n_epoch is None else progress.current
+            )
+            every = trainer.val_check_batch or math.inf
+            is_next = counted.ready % every == 0 or trainer.is_last_batch
             self._stop_if_asked(trainer, is_apt=not is_next)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -615,6 +620,9 @@ class FaultToleranceCallback(pl.Callback):
             self._client.report_error(exception)
             try:
                 request = self.exc_handling_policy and self.exc_handling_policy(exception)
+                if isinstance(exception, RankMonitorClientError):  # the set-up is wrong
+                    action = WorkloadAction.ShutdownWorkload
+                    request = WorkloadControlRequest(action, str(exception))
                 if request:
                     self._client.send_workload_control_request(request)
             except Exception:  # of a user's own code, which must not hide the error
@@ -646,17 +654,17 @@ class FaultToleranceCallback(pl.Callback):
         assert config is not None
         ranks = int(os.environ.get("WORLD_SIZE", trainer.world_size))
         if ranks != trainer.world_size:  # each would train alone, and overwrite others' files
-            raise RuntimeError(
+            raise RankMonitorClientError(
                 f"the launcher started {ranks} ranks, but this Trainer has {trainer.world_size}: "
                 "give it the environment's LOCAL_WORLD_SIZE devices and GROUP_WORLD_SIZE num_nodes"
             )
         if self.autoresume and not (flag and Path(flag).absolute().parent.is_dir()):
-            raise RuntimeError(
+            raise RankMonitorClientError(
                 f"autoresume=True: got {FLAG_VARIABLE}={flag}, expected a path in a directory that "
                 "exists: export it, or start the job by ./autoresume.sh"
             )
         if not (config.is_watching() or self.calculate_timeouts):
-            raise RuntimeError(
+            raise RankMonitorClientError(
                 "no timeout is set, so no hang would be noticed: give calculate_timeouts=True, or "
                 "ft_launcher --ft-rank-heartbeat-timeout=SECONDS"
             )

@@ -654,6 +654,33 @@ def test_a_stop_in_validation_lets_all_of_it_be_done_again(
 
 
 @pytest.mark.usefixtures("ask_at_each_batch")
+def test_a_validation_counted_across_epochs_is_not_skipped_after_a_stop_just_before(
+    flag: Path, monitor: Heard, tmp_path: Path
+) -> None:
+    seen: list[int] = []
+    trained: list[int] = []
+    options: dict[str, Any] = {
+        "max_epochs": 2, "limit_train_batches": 3, "limit_val_batches": 2,
+        "val_check_interval": 4, "check_val_every_n_epoch": None, "accumulate_grad_batches": 1,
+    }  # fmt: skip
+
+    class Stops(Validated):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            trained.append(batch_idx)
+            if len(trained) == 4:
+                STOPS["SIGTERM"](flag)
+            return super().training_step(batch, batch_idx)
+
+    with pytest.raises(SystemExit):
+        fit(tmp_path, model=Stops(seen, lambda batch_idx: None), **options)
+    assert of_type(monitor(), "saved")[-1]["step"] == 4
+    seen.clear()
+    fit(tmp_path, model=Stops(seen, lambda batch_idx: None), last=True, **options)
+    assert reason(monitor()) == "max_epochs=2 reached"
+    assert seen == [0, 1] and trained == [0, 1, 2, 0, 1, 2]
+
+
+@pytest.mark.usefixtures("ask_at_each_batch")
 def test_a_stop_with_an_epochs_last_batch_comes_when_that_epoch_is_over(
     flag: Path, monitor: Heard, tmp_path: Path
 ) -> None:
@@ -948,9 +975,13 @@ def test_a_set_up_that_cannot_work_is_one_error_that_says_what_to_do_and_the_mon
         trainer.fit(Model())
     # Nor is it shown as one that came while another was handled.
     assert raised.value.__context__ is None or raised.value.__suppress_context__
-    errors = [message["error"] for message in of_type(monitor(), "error")]
+    messages = monitor()
+    told = [message["error"] for message in of_type(messages, "error")]
+    asked = of_type(messages, "request")  # no other attempt would be better
     connected = variable != "FT_MONITOR_FD"
-    assert len(errors) == connected and all(re.search(expected, error) for error in errors)
+    assert len(told) == len(asked) == connected
+    assert all(re.search(expected, error) for error in told)
+    assert all(message["action"] == "ShutdownWorkload" for message in asked)
 
 
 def test_an_error_in_the_users_own_setup_is_the_one_shown(
