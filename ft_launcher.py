@@ -63,9 +63,11 @@ from ft_monitor import (
     FLAG_VARIABLE,
     PASSED_ON_SIGNALS,
     ConfigError,
+    End,
     FaultToleranceConfig,
     Incident,
     Outcome,
+    Place,
     Report,
     State,
     WorkloadAction,
@@ -103,7 +105,11 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, W
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
-from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
+from torch.distributed.elastic.rendezvous import (
+    RendezvousClosedError,
+    RendezvousError,
+    RendezvousGracefulExitError,
+)
 from torch.distributed.elastic.rendezvous import dynamic_rendezvous as c10d
 from torch.distributed.launcher import api as launcher_api
 
@@ -113,14 +119,17 @@ EXIT_GAVE_UP = 93
 KEPT_RUNS = 20  # the newest, in each place
 HEALTH_CHECK_SECONDS = 60.0
 RENDEZVOUS_TRIES = 3  # for a node that is lost as the nodes meet
+SPARE_SECONDS = 3.0  # that a place stays free for a node that restarts, before a spare takes it
 LISTEN_SECONDS = 1.0  # between looks for what other nodes tell
 HEAR_SECONDS = 3.0  # how long the node that ends a job stays, as it may host the store
 STOP_MARGIN_SECONDS = 20  # that a monitor may take after its rank's grace: SIGKILL, reaping
 # What nodes tell each other, as keys in the store of each round of the rendezvous.
 OVER = "ft_over"  # the job is, and why; empty where restarts are used up
-FAILED = "ft_failed"  # ranks have, and nodes not just joined: this attempt counts
-LEFT = "ft_left"  # a node has, the others start again without it
-DONE = "ft_done"  # with a node's number: its ranks have ended well, or as they were told to
+AGAIN = "ft_again"  # a node has failed or left: all start again
+ENDED = "ft_ended"  # with a node's number: how the attempt ended there
+COUNT = "ft_count"  # of the nodes where it has
+JUDGES = "ft_judges"  # number of nodes that would not wait longer for the others
+VERDICT = "ft_verdict"  # how it ended on all nodes
 RENAMED = {  # NVIDIA's flags
     "--fault-tol-cfg-path": "--ft-cfg-path",
     "--term-timeout": "--shutdown-timeout",
@@ -141,11 +150,8 @@ class RestartPolicy:
     step: int = -1  # the highest that any attempt reached
     error: str | None = None  # that ended the last attempt, see bug_of()
 
-    def why_not(self, incident: Incident, knows_saves: bool = True) -> str | None:
-        """Why not to restart after this attempt; None to restart.
-
-        `knows_saves`: whether this node hears of checkpoints, as only that of global rank 0 does.
-        """
+    def why_not(self, incident: Incident) -> str | None:
+        """Why not to restart after this attempt; None to restart."""
         saved = -1 if incident.saved_step is None else incident.saved_step
         step = -1 if incident.last_step is None else incident.last_step
         has_saved, is_further = saved > self.saved, step > self.step
@@ -161,7 +167,7 @@ class RestartPolicy:
             return shutdown
         if error is not None and error == before and not (has_saved or is_further):
             return f"a bug in the code, no new step and the same error again: {incident.error}"
-        if knows_saves and not incident.requests and 0 < self.max_no_progress <= self.no_progress:
+        if not incident.requests and 0 < self.max_no_progress <= self.no_progress:
             return f"no progress, {self.no_progress} attempts in a row saved no new checkpoint"
         return None
 
@@ -200,9 +206,9 @@ def bug_of(error: str | None) -> str | None:
     return re.sub(r"0x[0-9a-f]+|\d+", "#", message) + error.removeprefix(message)
 
 
-def requested(incident: Incident, action: WorkloadAction) -> str | None:
+def requested(ended: Incident | Evidence, action: WorkloadAction) -> str | None:
     """Why a rank has asked for this; None if none has."""
-    reasons = [x["reason"] for x in incident.requests if x["action"] == action.name]
+    reasons = [x["reason"] for x in ended.requests if x["action"] == action.name]
     return f"a rank asked for it: {reasons[0]}" if reasons else None
 
 
@@ -277,6 +283,49 @@ class Job:
                 self.log.warning(text, clock, old, new)
 
 
+class JoinOrWait(c10d._RendezvousJoinOp):
+    """torch's way into a round of the rendezvous. A node that finds no room waits as a spare, in
+    none of torch's lists: from there it would let the others restart again and again."""
+
+    def __init__(self, log: ft_monitor.Log) -> None:
+        self._log = log
+        self._full = -math.inf  # when there was no room last, monotonic
+
+    def __call__(self, ctx: Any, deadline: float) -> Any:
+        state, now = ctx.state, time.monotonic()
+        others = {*state.participants, *state.wait_list} - {ctx.node}
+        if len(others) >= ctx.settings.max_nodes:
+            if self._full < 0:
+                self._log.info("waiting as a spare: %d nodes take part", len(others))
+            self._full = now
+        if self._full > 0 and state.closed:
+            raise RendezvousGracefulExitError("the job has ended without this spare")
+        if now < self._full + SPARE_SECONDS:
+            return c10d._Action.SYNC  # looks again in a second
+        joins_until = self._full + ctx.settings.timeout.join.total_seconds()
+        return super().__call__(ctx, max(deadline, joins_until))
+
+
+@dataclasses.dataclass
+class Evidence:
+    """How an attempt ended on a node."""
+
+    outcome: Outcome
+    reports: list[Report]
+    places: dict[int, Place] = dataclasses.field(default_factory=dict)  # by rank
+
+    @property
+    def requests(self) -> list[dict[str, str]]:
+        return [report.request for report in self.reports if report.request]
+
+    @classmethod
+    def parse(cls, text: bytes) -> Evidence:
+        values = json.loads(text)
+        reports = [Report(**report) for report in values["reports"]]
+        places = {int(rank): Place(**place) for rank, place in values["places"].items()}
+        return cls(Outcome(values["outcome"]), reports, places)
+
+
 class FaultToleranceAgent(LocalElasticAgent):
     """torch's agent for this node's workers, which are monitors: each ends after its rank, with its
     exit code or signal."""
@@ -286,7 +335,8 @@ class FaultToleranceAgent(LocalElasticAgent):
         self._job = job
         self._attempt = -1
         self._started = 0.0  # the newest attempt, wall clock
-        self._is_noted = True  # whether its end is in incidents.jsonl
+        self._evidence: Evidence | None = Evidence(Outcome.WELL, [])  # of how it has ended
+        self._is_noted = True  # whether that is in incidents.jsonl
         self._listened = 0.0  # when this node last looked for what others tell, monotonic
         self._well: RunResult | None = None  # how this node's ranks have ended, if well
         self._wait_until = 0.0  # for those of other nodes then, monotonic
@@ -303,8 +353,9 @@ class FaultToleranceAgent(LocalElasticAgent):
         except RendezvousError:
             self._end_if_over()  # may be why the rendezvous is closed
             raise
-        if result is None:  # torch's answer where the rendezvous went on, or was closed, without us
-            raise NodeLeft("the rendezvous does not need this node")
+        if result is None:  # torch's answer to RendezvousGracefulExitError
+            self._close_rendezvous()
+            raise NodeLeft("the job has ended, and this spare was not needed")
         return result
 
     # -- nodes
@@ -324,25 +375,21 @@ class FaultToleranceAgent(LocalElasticAgent):
                 self._job.log.warning("a node was lost as the nodes met: meeting again")
 
     def _count_waiting(self, count: Callable[[], int]) -> int:
-        """The nodes that torch is to restart workers for: those that wait and find room, or have
-        left."""
+        """The nodes that torch is to restart workers for: those that wait, or have left."""
         if time.monotonic() < self._listened + LISTEN_SECONDS:
             return 0
         self._listened = time.monotonic()
+        if self._told(AGAIN) is None:
+            return count()
         self._end_if_over()
-        waiting = count()
-        handler = self._worker_group.spec.rdzv_handler
-        if isinstance(handler, c10d.DynamicRendezvousHandler):
-            taken = len(handler._state_holder.state.participants)
-            waiting = min(waiting, handler._settings.max_nodes - taken)
-        return waiting or int(self._told(LEFT) is not None)
+        return 1
 
     def _leave(self, reason: str) -> None:
         """Take this node out of the job, for which torch has no call."""
         handler: Any = self._worker_group.spec.rdzv_handler
         handler.shutdown = lambda: True  # which would close the rendezvous for all
         self._worker_group.state = WorkerState.FAILED
-        self._tell(LEFT, reason)
+        self._tell(AGAIN)
         if isinstance(handler, c10d.DynamicRendezvousHandler):
             handler._stop_heartbeats()
             try:
@@ -352,20 +399,23 @@ class FaultToleranceAgent(LocalElasticAgent):
                 pass  # the others will take it for dead
         raise NodeLeft(reason)
 
-    def _tell(self, key: str, text: str = "") -> None:
-        store: Any = self._store
+    def _shared(self, use: Callable[[Any], Any]) -> Any:
+        """What comes of a use of this round's store; None where there is none yet, or its node is
+        lost, which torch notices."""
         try:
-            store.set(key, text)
-        except (AttributeError, RuntimeError):
-            pass  # no store yet, or its node is lost, which torch notices
+            return use(self._store)
+        except (AttributeError, RuntimeError, RendezvousError):
+            return None
 
-    def _told(self, *keys: str) -> str | None:
-        """What was told under the first key, if under all of them something was."""
-        store: Any = self._store
-        try:
-            return store.get(keys[0]).decode() if store.check(list(keys)) else None
-        except (AttributeError, RuntimeError):
-            return None  # as above
+    def _tell(self, key: str, text: str = "") -> None:
+        self._shared(lambda store: store.set(key, text))
+
+    def _tell_of(self, evidence: Evidence) -> None:
+        text = ft_monitor.to_text(dataclasses.asdict(evidence))
+        self._tell(f"{ENDED}{self._worker_group.group_rank}", text)
+
+    def _told(self, key: str) -> str | None:
+        return self._shared(lambda store: store.get(key).decode() if store.check([key]) else None)
 
     def _end_if_over(self) -> None:
         """End as another node has, if it has."""
@@ -381,10 +431,46 @@ class FaultToleranceAgent(LocalElasticAgent):
         """End it on all nodes."""
         self._worker_group.state = WorkerState.FAILED
         self._tell(OVER, reason)
-        if self._worker_group.group_world_size != 1:
-            time.sleep(HEAR_SECONDS)
+        self._tell(AGAIN)
+        self._close_rendezvous()
         if reason:
             raise GaveUp(reason)
+
+    def _close_rendezvous(self) -> None:
+        """Let all hear of the end, also spares, while the store is there: it may be here."""
+        handler: Any = self._worker_group.spec.rdzv_handler
+        if self._worker_group.group_world_size != 1:
+            handler.shutdown()
+            time.sleep(HEAR_SECONDS)
+            handler.shutdown = lambda: True  # the store may be gone
+
+    def _judge(self, store: Any) -> None:
+        """Say for all nodes how the attempt ended. The first verdict counts."""
+        keys = [f"{ENDED}{number}" for number in range(self._worker_group.group_world_size or 1)]
+        incident = self._incident(*map(Evidence.parse, store.multi_get(keys)))
+        store.compare_set(VERDICT, "", ft_monitor.to_text(dataclasses.asdict(incident)))
+
+    def _verdict(self, own: Evidence) -> Incident:
+        """How the attempt ended on all nodes; or on this one, where their store is lost."""
+        handler: Any = self._worker_group.spec.rdzv_handler
+        patience = self._job.config.workers_stop_timeout + STOP_MARGIN_SECONDS
+        deadline = time.monotonic() + patience
+
+        def wait(store: Any) -> Any:
+            while not store.check([VERDICT]):
+                handler.is_closed()  # brings its state up to date
+                present = len(handler._state_holder.state.participants)
+                if store.add(COUNT, 0) >= present or time.monotonic() > deadline:
+                    if store.add(JUDGES, 1) == 1:
+                        self._judge(store)
+                    break
+                time.sleep(0.1)
+            return json.loads(store.get(VERDICT))
+
+        values = self._shared(wait)
+        if values is None:
+            return self._incident(own)
+        return Incident(**{**values, "attempt": self._attempt, "start": self._started})
 
     # -- attempts
 
@@ -394,12 +480,22 @@ class FaultToleranceAgent(LocalElasticAgent):
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         self._attempt += 1
-        self._started, self._is_noted, self._well = time.time(), False, None
+        self._started, self._evidence, self._is_noted = time.time(), None, False
+        self._well = None
         os.environ["FT_ATTEMPT"] = str(self._attempt)
         self._directory.mkdir(parents=True, exist_ok=True)
         link = self._job.run_dir / "latest.new"
         link.symlink_to(self._directory.name)
         link.replace(self._job.run_dir / "latest")
+        if worker_group.spec.rdzv_handler.get_backend() == "static":  # one store for all rounds
+            store: Any = self._store
+            prefix = str(self._remaining_restarts)
+            self._store = torch.distributed.PrefixStore(prefix, store)  # type: ignore[assignment]
+        lost = [
+            Report(worker.global_rank, host=ft_monitor.host_name(), end=End.LOST)
+            for worker in worker_group.workers
+        ]
+        self._tell_of(Evidence(Outcome.FAILED, lost))  # until it is told better
         ignore_user_signals()  # and so do the monitors, until they have handlers
         ids = super()._start_workers(worker_group)
         for number in PASSED_ON_SIGNALS:
@@ -442,22 +538,21 @@ class FaultToleranceAgent(LocalElasticAgent):
 
         Otherwise torch would only wait for them, deaf to those that failed and want a restart.
         """
-        group = self._worker_group
         if self._well is None:
-            incident = self._note()
-            reason = incident and requested(incident, WorkloadAction.ShutdownWorkload)
+            evidence = self._gather()
+            reason = requested(evidence, WorkloadAction.ShutdownWorkload)
             if reason and not self._job.is_complete():
                 self._end_job(reason)
             self._well, self._wait_until = result, time.monotonic() + self._exit_barrier_timeout
-            self._tell(f"{DONE}{group.group_rank}")
         elif time.monotonic() < self._listened + LISTEN_SECONDS:
             return RunResult(WorkerState.HEALTHY)
         is_over = self._job.is_complete() or time.monotonic() > self._wait_until
-        names = [f"{DONE}{number}" for number in range(group.group_world_size or 1)]
-        if self._told(*names) is not None:
+        if self._told(VERDICT) is not None and self._told(AGAIN) is None:
             self._exit_barrier_timeout = HEAR_SECONDS  # torch's, which stopped nodes never reach
-            return result
-        return result if is_over else RunResult(WorkerState.HEALTHY)
+        elif not is_over:
+            return RunResult(WorkerState.HEALTHY)
+        self._close_rendezvous()
+        return result
 
     def _stop_workers(self, worker_group: WorkerGroup, *args: Any, **kwargs: Any) -> None:
         """Called before a restart, also where ranks are well, and another node's are not."""
@@ -477,30 +572,35 @@ class FaultToleranceAgent(LocalElasticAgent):
             log.warning("%s: the ranks have %s s to save and end", death_sig.name, timeout)
             began = time.monotonic()
             super()._shutdown(death_sig, timeout + STOP_MARGIN_SECONDS)
-            self._tell(f"{DONE}{self._worker_group.group_rank}")
-            incident = self._note(Outcome.STOPPED)
-            if incident:
-                reports = ft_monitor.read_reports(self._directory)
-                is_first = self._worker_group.group_rank == 0
-                text = self._job.policy.what_is_kept(incident, reports, is_first)
-                log.warning("stopped within %.1f s: %s", time.monotonic() - began, text)
+            evidence = self._gather(Outcome.STOPPED)
+            incident = self._incident(evidence)
+            self._note(incident)
+            is_first = self._worker_group.group_rank == 0
+            text = self._job.policy.what_is_kept(incident, evidence.reports, is_first)
+            log.warning("stopped within %.1f s: %s", time.monotonic() - began, text)
         else:
             super()._shutdown(None)  # type: ignore[arg-type]
-            self._note(Outcome.ELSEWHERE if state == WorkerState.FAILED else None)
+            outcome = Outcome.ELSEWHERE if state == WorkerState.FAILED else None
+            self._note(self._incident(self._gather(outcome)))
         incidents = ft_monitor.read_incidents(self._job.run_dir)
         if len(incidents) > 1 or any(x.outcome == Outcome.FAILED for x in incidents):
             log.info("%s", ft_monitor.render_report(incidents))
 
-    def _note(self, outcome: Outcome | None = None) -> Incident | None:
-        """Write down how the attempt ended, once, and return it. By default, its reports tell."""
-        if self._is_noted:
-            return None
-        self._is_noted = True
+    def _gather(self, outcome: Outcome | None = None) -> Evidence:
+        """How the attempt ended on this node, which the others are told, once. By default, its
+        reports tell."""
+        if self._evidence is not None:
+            return self._evidence
         within = functools.partial(ft_monitor.within, ft_monitor.FILE_SECONDS)
-        found = within(lambda: ft_monitor.read_reports(self._directory))
-        reports = found if isinstance(found, list) else []
-        workers = self._worker_group.workers
-        if sum(bool(report.pid and report.ended) for report in reports) < len(workers):
+
+        def read() -> tuple[list[Report], dict[int, Place]]:
+            reports = ft_monitor.read_reports(self._directory)
+            return reports, ft_monitor.read_places(self._directory, reports)
+
+        found = within(read)
+        reports, places = found if isinstance(found, tuple) else ([], {})
+        group = self._worker_group
+        if sum(bool(report.pid and report.ended) for report in reports) < len(group.workers):
             # A monitor was killed. What its rank has left descends from us now, a subreaper, as
             # may what a wrapper has started before, which lacks the mark.
             ft_monitor.kill_descendants(b"FT_RUN_DIR=" + os.fsencode(self._job.run_dir))
@@ -508,39 +608,60 @@ class FaultToleranceAgent(LocalElasticAgent):
             report.request or ft_monitor.raised_by_itself(report) for report in reports
         ):
             outcome = Outcome.FAILED  # a rank here failed first, and took its time to end
-        incident = ft_monitor.make_incident(
+        if outcome is None:
+            is_well = all(report.status == 0 for report in reports)
+            outcome = Outcome.WELL if is_well else Outcome.FAILED
+        self._evidence = Evidence(outcome, reports, places)
+        self._tell_of(self._evidence)
+        if self._shared(lambda store: store.add(COUNT, 1)) == group.group_world_size:
+            self._shared(self._judge)
+        self._job.learn(reports)
+        return self._evidence
+
+    def _incident(self, *parts: Evidence) -> Incident:
+        """What is made of it."""
+        outcomes = [part.outcome for part in parts]
+        places = {rank: place for part in parts for rank, place in part.places.items()}
+        workers = self._worker_group.workers
+        return ft_monitor.make_incident(
             self._attempt,
             self._directory,
             self._started,
-            reports=reports,
-            outcome=outcome,
-            world=workers[0].world_size,
+            reports=[report for part in parts for report in part.reports],
+            outcome=Outcome.FAILED if Outcome.FAILED in outcomes else outcomes[0],
+            world=workers[0].world_size if workers else None,
+            places=places,
         )
-        self._job.learn(reports)
+
+    def _note(self, incident: Incident) -> None:
+        """Write it down."""
+        if self._is_noted:
+            return
+        self._is_noted = True
 
         def note() -> None:
             with open(self._job.run_dir / "incidents.jsonl", "a", encoding="utf-8") as file:
                 file.write(ft_monitor.to_text(dataclasses.asdict(incident)))
 
+        within = functools.partial(ft_monitor.within, ft_monitor.FILE_SECONDS)
         problem = within(note) or within(self._job.keep_evidence)
         if problem is not None:
             self._job.log.warning("cannot write down how the attempt ended: %s", problem)
-        return incident
 
     def _decide(self, outcome: Outcome) -> None:
         """At the end of an attempt: explain it, and end the job if a restart would lead nowhere."""
-        incident = self._note(outcome)
-        if incident is None:
+        if self._is_noted:
             return
-        is_ours = incident.outcome != Outcome.ELSEWHERE
-        if is_ours:
-            self._tell(FAILED)
-        policy, reason = self._job.policy, None
-        if is_ours or self._told(FAILED) is not None:
-            reason = policy.why_not(incident, self._worker_group.group_rank == 0)
-        leave = requested(incident, WorkloadAction.ExcludeThisNode)
+        evidence = self._gather(outcome)
+        if evidence.outcome == Outcome.FAILED:
+            self._tell(AGAIN)
+        incident = self._verdict(evidence)
+        self._note(incident)
+        is_failure = incident.outcome == Outcome.FAILED
+        reason = self._job.policy.why_not(incident) if is_failure else None
+        leave = requested(evidence, WorkloadAction.ExcludeThisNode)
         left, most = self._remaining_restarts, self._worker_group.spec.max_restarts
-        is_over = outcome == Outcome.FAILED and not left
+        is_over = is_failure and not left
         what_next = "no restarts left" if is_over else f"restarting, {left} of {most} left"
         if reason or leave:
             what_next = f"not restarting: {reason}" if reason else "this node leaves the job"
@@ -550,6 +671,8 @@ class FaultToleranceAgent(LocalElasticAgent):
             self._leave(leave)
         if reason or is_over:
             self._end_job(reason or "")
+        if is_failure and outcome == Outcome.ELSEWHERE:
+            self._remaining_restarts -= 1  # as torch does where a node's own ranks failed
 
 
 def check_node(command: str, run_dir: Path) -> str | None:
@@ -798,7 +921,9 @@ def prepare_environment(job: Job) -> None:
 @record
 def launch_workers(job: Job, config: Any, entrypoint: Any, args: Sequence[Any]) -> None:
     """Run the workers to their end, as torchrun does, but with our agent."""
-    # torch offers no way to name an agent: its class is looked up by this one name.
+    # torch offers no way to name these classes: it looks each up by this one name.
+    join = functools.partial(JoinOrWait, job.log)
+    c10d._RendezvousJoinOp = join  # type: ignore[misc, assignment]
     agent = functools.partial(FaultToleranceAgent, job)
     launcher_api.LocalElasticAgent = agent  # type: ignore[misc, assignment]
     launcher_api.elastic_launch(config, entrypoint)(*args)

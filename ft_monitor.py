@@ -496,6 +496,7 @@ class End(str, enum.Enum):
     STOPPED = "stopped"  # by a signal to its monitor
     PEER_FAILED = "peer failed"
     LAUNCHER_DIED = "launcher died"
+    LOST = "lost"  # with its node
 
 
 @dataclasses.dataclass
@@ -536,6 +537,9 @@ class Report:
     oom_kills: int = 0  # while it ran, in its control group or on its host
     status: int | None = None  # exit code, or -N for signal N
 
+    def __post_init__(self) -> None:
+        self.rank, self.end = int(self.rank), End(self.end)
+
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Report:
         """Raises OSError, or ValueError for what is no report."""
@@ -543,7 +547,6 @@ class Report:
             with open(path, encoding="utf-8") as file:
                 values = json.load(file)
             report = cls(**values)
-            report.rank, report.end = int(report.rank), End(report.end)
         except BROKEN as error:
             raise ValueError(f"{path} holds no report: {error!r}") from None
         return report
@@ -1125,6 +1128,11 @@ def start_thread(function: Callable[..., Any], *args: Any) -> threading.Thread |
     return thread
 
 
+def host_name() -> str:
+    """As SLURM knows it."""
+    return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
+
+
 def to_text(values: Mapping[str, Any], indent: int | None = None) -> str:
     return json.dumps(values, indent=indent) + "\n"
 
@@ -1225,8 +1233,8 @@ class RankMonitor:
         self.config = config
         self.log = log
         self.grace = float(os.environ.get("FT_SHUTDOWN_TIMEOUT") or GRACE_SECONDS)
-        host, launcher = os.uname().nodename, int(os.environ.get("FT_LAUNCHER_PID") or os.getppid())
-        self.report = Report(rank_number(), attempt_number(), host, launcher, os.getpid())
+        launcher = int(os.environ.get("FT_LAUNCHER_PID") or os.getppid())
+        self.report = Report(rank_number(), attempt_number(), host_name(), launcher, os.getpid())
         self.report.oom_kills = -oom_kills()
         self.pid = 0  # the rank's
         self.inbox = Inbox()
@@ -1587,8 +1595,12 @@ class Incident:
     requests: list[dict[str, str]]
     why: str
     suspect: int | None = None
+    host: str = ""  # the suspect's
     error: str | None = None  # the suspect's
     places: str = ""
+
+    def __post_init__(self) -> None:
+        self.outcome = Outcome(self.outcome)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1644,6 +1656,10 @@ def read_place(directory: Path, report: Report) -> Place | None:
     return Place(f"waiting {text}" if waits else text, waits)
 
 
+def read_places(directory: Path, reports: Sequence[Report]) -> dict[int, Place]:
+    return {x.rank: place for x in reports if (place := read_place(directory, x))}
+
+
 def without_place(error: str | None) -> str:
     """An error without its file and function, whose names say nothing of its kind."""
     import re
@@ -1695,12 +1711,15 @@ def judge(
         )
 
     first, *others = sorted(reports, key=blame)
-    verdict = describe_failure(first)
+    describe = functools.partial(
+        describe_failure, is_one_of_many_hosts=len({report.host for report in reports}) > 1
+    )
+    verdict = describe(first)
     if failed_by_itself(first):
         return first, verdict
     # What others noticed; and the hang that ended it, if the suspect is another rank.
     told = [x for x in others if x.error is not None or x.end == End.HUNG != first.end]
-    noticed = [describe_failure(report) for report in told]
+    noticed = [describe(report) for report in told]
     verdict = "; ".join([verdict, *noticed[:1]])
     are_all_here = world is None or len(reports) >= world
     if first.rank in waiting and not are_all_here:
@@ -1710,6 +1729,7 @@ def judge(
 
 # What was wrong with a rank: the first row that is true of its report.
 FAILURES: tuple[tuple[Callable[[Any], Any], str], ...] = (
+    (lambda r: r.end == End.LOST, "was lost with its node"),
     (lambda r: r.error is not None, "failed: {error}"),
     (lambda r: r.status is None, "ended with its monitor (pid {monitor_pid}), which was killed"),
     (lambda r: r.end in (End.HUNG, End.STOPPED), "{reason}"),
@@ -1722,14 +1742,18 @@ FAILURES: tuple[tuple[Callable[[Any], Any], str], ...] = (
 )
 
 
-def describe_failure(report: Report) -> str:
-    pid = f"pid {report.pid}" if report.pid else f"its monitor's pid {report.monitor_pid}"
+def describe_failure(report: Report, is_one_of_many_hosts: bool = False) -> str:
+    who = f"pid {report.pid}" if report.pid else f"its monitor's pid {report.monitor_pid}"
+    if report.end == End.LOST:
+        who = report.host
+    elif is_one_of_many_hosts:
+        who = f"{report.host}, {who}"
     signals = {-number: number.name for number in signal.Signals}
     words = next(words for is_true, words in FAILURES if is_true(report)).format(
         **vars(report),
         signal=signals.get(report.status or 0, f"signal {abs(report.status or 0)}"),
     )
-    return f"rank {report.rank} ({pid}) {words}"
+    return f"rank {report.rank} ({who}) {words}"
 
 
 def describe_places(suspect: int | None, places: Mapping[int, Place]) -> str:
@@ -1757,8 +1781,9 @@ def make_incident(
     reports: Sequence[Report],
     outcome: Outcome | None = None,
     world: int | None = None,
+    places: Mapping[int, Place] | None = None,
 ) -> Incident:
-    """Without `outcome`, statuses tell how it ended."""
+    """Without `outcome`, statuses tell how it ended; without `places`, stacks in the directory."""
 
     def known(name: str) -> list[Any]:
         return [x for report in reports if (x := getattr(report, name)) is not None]
@@ -1781,10 +1806,11 @@ def make_incident(
         why=outcome.value,
     )
     if outcome == Outcome.FAILED:
-        places = {x.rank: place for x in reports if (place := read_place(directory, x))}
+        places = read_places(directory, reports) if places is None else places
         suspect, incident.why = judge(reports, places, world)
         if suspect is not None:
             incident.suspect, incident.error = suspect.rank, suspect.error
+            incident.host = suspect.host
         incident.places = describe_places(incident.suspect, places)
     return incident
 
@@ -1794,9 +1820,7 @@ def read_incidents(run_dir: Path) -> list[Incident]:
     incidents = []
     for line in read_text(path).splitlines():
         try:
-            values = json.loads(line)
-            values["outcome"] = Outcome(values["outcome"])
-            incidents.append(Incident(**values))
+            incidents.append(Incident(**json.loads(line)))
         except (ValueError, TypeError, KeyError):
             warn(f"skipped a line of {path} that tells of no attempt")
     return incidents
@@ -1870,7 +1894,7 @@ def render_status(reports: Sequence[Report], now: float) -> str:
     row = "{:>4}  {!s:>8}  {!s:>10}  {:>9}  {}"
     lines = [row.format("rank", "pid", "step", "heartbeat", "state")]
     for report in reports:
-        state, is_here = report.waiting, report.host == os.uname().nodename
+        state, is_here = report.waiting, report.host == host_name()
         if report.ended:
             state = report.reason or f"ended with status {report.status}"
         elif is_here and not os.path.exists(f"/proc/{report.monitor_pid}"):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import pytorch_lightning
 import torch
-from conftest import ROOT, Heard, Started
+from conftest import Heard
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel

@@ -870,6 +870,16 @@ def test_torch_still_has_what_the_agent_overrides_and_uses() -> None:
     assert "def _stop_heartbeats(self)" in source
     assert "self._get_deadline(self._settings.timeout.close)" in source
     assert "return len(self._state_holder.state.wait_list)" in source
+    # What a spare stays out of.
+    assert "join_op = _RendezvousJoinOp()" in source
+    join = dynamic_rendezvous._RendezvousJoinOp
+    assert list(inspect.signature(join.__call__).parameters) == ["self", "ctx", "deadline"]
+    assert {"participants", "wait_list", "closed"} <= vars(
+        dynamic_rendezvous._RendezvousState()
+    ).keys()
+    assert "_Action.SYNC:" in inspect.getsource(
+        dynamic_rendezvous._DistributedRendezvousOpExecutor.run
+    )
 
 
 def test_the_readme_names_every_flag_of_ours() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -13,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import test_launcher
@@ -21,15 +21,15 @@ import torch.distributed
 from conftest import Started, processes_with, wait_until
 from test_launcher import Launch, endings, gone_within, our_lines, read_reports, wait_for_ranks
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.rendezvous import dynamic_rendezvous
 
 import ft_launcher
 import ft_monitor
 from benchmarks import stress_restarts
 from ft_launcher import RestartPolicy
+from ft_monitor import End, Outcome, Report
 
 launch = test_launcher.launch
-Nodes = Callable[..., tuple[Started, Started]]
+Nodes = Callable[..., tuple[Started, ...]]
 
 
 @pytest.fixture
@@ -118,12 +118,6 @@ def test_the_same_error_at_the_same_line_with_no_new_step_is_a_bug() -> None:
 def test_an_error_that_tells_of_other_numbers_is_the_same() -> None:
     errors = [f"ValueError: batch at 0x7f{n}a has {n} items (a.py:7 in f)" for n in (1, 2)]
     assert decisions(0, *[ended(7, error=error) for error in errors]) == [None, BUG]
-
-
-def test_where_saves_are_not_known_there_is_no_limit_but_a_bug_is_one() -> None:
-    policy = RestartPolicy(1)
-    assert policy.why_not(ended(7, error=X), knows_saves=False) is None
-    assert "a bug in the code" in str(policy.why_not(ended(7, error=X), knows_saves=False))
 
 
 @pytest.mark.parametrize(
@@ -686,11 +680,16 @@ def answers(port: int) -> bool:
 
 @pytest.fixture
 def two_nodes(job: Launch, tmp_path: Path) -> Nodes:
-    """Two launchers on this host; node a, which hosts the store, starts first."""
+    """Two launchers on this host; node a, which hosts the store, starts first. Spares follow as
+    soon as the two are together."""
 
     def run(
-        do: str = "pass", body: str = TOGETHER, nodes: str = "1:2", restarts: int = 9
-    ) -> tuple[Started, Started]:
+        do: str = "pass",
+        body: str = TOGETHER,
+        nodes: str = "1:2",
+        restarts: int = 9,
+        spares: str = "",
+    ) -> tuple[Started, ...]:
         port = free_port()
         times = "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3,read_timeout=10"
         options = [
@@ -699,10 +698,16 @@ def two_nodes(job: Launch, tmp_path: Path) -> Nodes:
             "--ft-rank-heartbeat-timeout=2",
         ]
         body = body.replace("DO", do)
-        first = job(options, body, NODE="a")
+
+        def start(name: str) -> Started:
+            return job(options, body, NODE=name, SLURMD_NODENAME=f"host-{name}")
+
+        first = start("a")
         wait_until(lambda: answers(port), 30, "the store")
-        second = job(options, body, NODE="b")
-        return first, second
+        second = start("b")
+        if spares:
+            wait_until_together(tmp_path)
+        return first, second, *map(start, spares)
 
     return run
 
@@ -727,7 +732,7 @@ def test_a_node_that_is_lost_is_gone_without(two_nodes: Nodes, tmp_path: Path) -
     assert lost.wait(5) == -signal.SIGKILL
     (at,) = re.findall(r"node a goes on alone at ([\d.]+)", survivor.output)
     print(f"from the loss of a node to the survivor's new start: {float(at) - killed:.1f} s")
-    assert "hung: no heartbeat" in endings(survivor.output)[-1]
+    assert "suspect: rank 1 (host-b) was lost with its node" in endings(survivor.output)[-1]
 
 
 def test_the_loss_of_the_node_with_the_store_ends_the_other_one_with_a_clear_line(
@@ -774,8 +779,9 @@ client.report_saved(ATTEMPT)
 while NODE == "b" and not (HERE / "latest_a").exists():
     time.sleep(0.05)
 if NODE == "b" and ATTEMPT == 0:
-    while not list(HERE.glob("runs/*/incidents.jsonl")):  # launcher a has noticed
-        time.sleep(0.05)
+    while "true" not in "".join(p.read_text() for p in HERE.glob("runs/*/attempt_0/rank0.json")):
+        time.sleep(0.05)  # until the monitor of node a has heard of its end
+    time.sleep(1)
     sys.exit(7)
 (HERE / f"latest_{NODE}").touch()
 if ATTEMPT == 1:
@@ -846,7 +852,8 @@ def test_the_shutdown_that_a_rank_asks_for_ends_every_node_with_93(
     for launcher in launchers:
         assert launcher.wait(30) == 93, launcher.output
         assert "gave up: a rank asked for it: GPU 3 is lost" in launcher.output
-    assert len(endings(launchers[1].output)) == 1
+        [ending] = endings(launcher.output)
+        assert re.search(r"rank 1 \(host-b, pid \d+\) failed: ValueError: NaN \(rank", ending)
 
 
 def test_restarts_that_are_used_up_on_one_node_end_the_others(
@@ -911,24 +918,68 @@ sys.exit(7)
     assert "another node's workers failed, or nodes joined" in first.output
 
 
-def test_nodes_that_wait_without_room_restart_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With --nnodes=2 and four launchers, one that is left over waits for ever."""
-    handler = Mock(spec=dynamic_rendezvous.DynamicRendezvousHandler)
-    handler._settings = SimpleNamespace(max_nodes=2)
-    agent = ft_launcher.FaultToleranceAgent.__new__(ft_launcher.FaultToleranceAgent)
-    agent._worker_group = Mock()
-    agent._worker_group.spec.rdzv_handler = handler
-    told: dict[str, str] = {}
-    monkeypatch.setattr(agent, "_told", told.get)
+def test_spares_restart_nobody_and_one_takes_the_place_of_a_node_that_is_lost(
+    two_nodes: Nodes, tmp_path: Path
+) -> None:
+    """torch's own waiting list lets the others restart for ever."""
+    do = """if list(HERE.glob("beats_[cd]")) and step > 20:
+        (HERE / "finished").touch()
+        break"""
+    first, _, *spares = two_nodes(do, nodes="2", spares="cd")
+    for spare in spares:
+        spare.wait_for_output("[ft_launcher] waiting as a spare: 2 nodes take part")
+    time.sleep(ft_launcher.SPARE_SECONDS)
+    assert endings(first.output) == []
+    kill_node("b", tmp_path)
+    for launcher in (first, *spares):
+        assert launcher.wait(60) == 0, launcher.output
+        assert launcher.output.count("as a spare") <= 1
+    assert len(endings(first.output)) == 1
+    unused = "this node leaves the job: the job has ended, and this spare was not needed"
+    assert sorted(spare.output.count(unused) for spare in spares) == [0, 1]
 
-    def waiting(taken: int, waiting: int) -> int:
-        handler._state_holder = SimpleNamespace(state=SimpleNamespace(participants=range(taken)))
-        agent._listened = 0.0
-        return agent._count_waiting(lambda: waiting)
 
-    assert waiting(2, 1) == 0 and waiting(1, 1) == 1 and waiting(1, 0) == 0
-    told[ft_launcher.LEFT] = "a reason"
-    assert waiting(2, 0) == 1
+def test_all_nodes_tell_the_same_verdict_once_all_that_are_not_lost_have_told(
+    tmp_path: Path,
+) -> None:
+    store = torch.distributed.HashStore()
+    participants = SimpleNamespace(participants=range(2))  # node 2 is lost
+    handler = SimpleNamespace(
+        is_closed=lambda: False, _state_holder=SimpleNamespace(state=participants)
+    )
+
+    def node(number: int) -> Any:
+        agent: Any = ft_launcher.FaultToleranceAgent.__new__(ft_launcher.FaultToleranceAgent)
+        config, log = ft_monitor.FaultToleranceConfig(), ft_monitor.Log("test")
+        run_dir = tmp_path / str(number)
+        agent._job = ft_launcher.Job(run_dir, config, log, RestartPolicy(3))
+        agent._worker_group = SimpleNamespace(
+            group_rank=number,
+            group_world_size=3,
+            workers=[SimpleNamespace(global_rank=number, world_size=3)],
+            spec=SimpleNamespace(rdzv_handler=handler),
+        )
+        agent._store, agent._attempt, agent._started, agent._evidence = store, 0, 5.0, None
+        lost = Report(number, host=f"host-{number}", end=End.LOST)
+        agent._tell_of(ft_launcher.Evidence(Outcome.FAILED, [lost]))
+        (run_dir / "attempt_0").mkdir(parents=True)
+        peer = dataclasses.replace(
+            lost, end=End.BY_ITSELF, pid=7, ended=9.0, status=1, error="RuntimeError: [gloo] closed"
+        )
+        text = ft_monitor.to_text(dataclasses.asdict(peer))
+        (run_dir / f"attempt_0/rank{number}.json").write_text(text)
+        return agent
+
+    first, second, _ = [node(number) for number in range(3)]
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(lambda: first._verdict(first._gather(Outcome.FAILED)))
+        time.sleep(0.3)
+        assert not waiting.done(), "without the second"
+        verdict = second._verdict(second._gather(Outcome.FAILED))
+        assert waiting.result() == verdict
+    assert (verdict.suspect, verdict.host) == (2, "host-2")
+    closed = "rank 0 (host-0, pid 7) failed: RuntimeError: [gloo] closed"
+    assert verdict.why == f"suspect: rank 2 (host-2) was lost with its node; {closed}"
 
 
 def test_a_node_that_is_lost_as_the_nodes_meet_is_met_again(
