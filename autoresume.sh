@@ -11,12 +11,14 @@
 #     requeue         this job, requeued
 #     loop            this job, as after other exit codes
 #   --sbatch OPTIONS  for the next job, which has the script's #SBATCH lines and arguments
+#   --keep-bad-nodes  let the next job use them
 #
 # Exit code 0 may mean "saved, to be continued": only FLAG says that training is complete.
 #   FLAG           ends this with 0; COMMAND finds its path in $FAULT_TOL_FINISHED_FLAG_FILE
 #   FLAG.gave_up   why another run is pointless; ends this with 93, as exit code 93 does
 #   FLAG.progress  the newest checkpoint's "step"
 #   FLAG.stop      asks COMMAND to save a checkpoint and exit; the next run resumes
+#   FLAG.bad_nodes those that the next job is to do without for a day: "host", "reason", "time"
 #   FLAG.runs      how each run started and ended
 #   FLAG.lock      locked during a run; FLAG.job: the job script
 #
@@ -33,7 +35,7 @@ say() { printf '[autoresume] %s\n' "$*" >&3; }
 usage_error() { say "error: $*" && exit 2; }
 
 parse_arguments() {
-  max_failures=3 mode=chain sbatch_options=()
+  max_failures=3 mode=chain sbatch_options=() keeps_bad_nodes=''
   flag=ft_finished${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}.flag
   flag=${FAULT_TOL_FINISHED_FLAG_FILE:-$flag}
   while [[ ${1:-} == -* ]]; do
@@ -43,6 +45,7 @@ parse_arguments() {
       --flag) flag=${2:-} ;;
       --slurm) mode=${2:-} ;;
       --sbatch) eval "sbatch_options+=(${2:-})" || usage_error "--sbatch: cannot split '$2'" ;;
+      --keep-bad-nodes) keeps_bad_nodes=yes && shift && continue ;;
       -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' "$0" && exit 0 ;;
       --) shift && break ;;
       *) usage_error "unknown option $1: see --help" ;;
@@ -135,7 +138,8 @@ keep_continuation() {
   find_continuation
   if [[ -z $queued$continuation ]]; then
     queue_continuation || say "no continuation is queued yet"
-    find_continuation && warn_of_differences
+    find_continuation && exclude_bad_nodes
+    warn_of_differences
   fi
   queued+=$continuation
 }
@@ -167,6 +171,28 @@ find_arguments() {
   for i in "${!our_arguments[@]}"; do
     [[ " ${our_arguments[*]:i}" != "$text" ]] || arguments=("${our_arguments[@]:i}")
   done
+}
+
+# Let the next job do without the nodes found bad within a day, but for a quarter of its partition.
+exclude_bad_nodes() {
+  local bad=() line since total most info
+  [[ -n $continuation && -z $keeps_bad_nodes && -s $flag.bad_nodes ]] && show "$continuation" ||
+    return 0
+  [[ $info =~ \ Partition=([^[:space:]]*).*\ ExcNodeList=([^[:space:]]*).*\ NumNodes=([0-9]*) ]]
+  [[ -v excluded ]] || excluded=${BASH_REMATCH[2]#(null)} # by the user
+  sinfo --noheader --Node --partition "${BASH_REMATCH[1]}" --format %N | wc -l | read -r total
+  most=$((total < 8 ? 1 : total / 4))
+  ((total - most >= BASH_REMATCH[3])) || most=0
+  printf -v since '%(%FT%T)T' $((EPOCHSECONDS - 86400))
+  tac -- "$flag.bad_nodes" | while IFS= read -r line; do
+    [[ $line =~ '"time": "'([^\"]*)'", "host": "'([^\"]*) && ${BASH_REMATCH[1]} > $since ]] &&
+      [[ " ${bad[*]} " != *" ${BASH_REMATCH[2]} "* ]] && bad+=("${BASH_REMATCH[2]}")
+  done
+  say "bad nodes: ${bad[*]:-none}; job $continuation does without ${bad[*]:0:most}," \
+    "at most $most of $total: see $flag.bad_nodes"
+  bad=("${bad[@]:0:most}" ${excluded:+"$excluded"})
+  printf -v line '%s,' "${bad[@]}"
+  scontrol update "JobId=$continuation" "ExcNodeList=${line%,}"
 }
 
 warn_of_differences() {
@@ -247,6 +273,7 @@ run_once() {
   has_progressed || ((!status && !${#step} && SECONDS >= 60)) && failures=0
   note "run $run ended with exit code $status after $SECONDS s, newest checkpoint:" \
     "${step:-none}, failures in a row: $failures of $max_failures"
+  exclude_bad_nodes
   # SLURM may end the steps of a job before the job, to preempt it.
   [[ $mode == loop ]] || ! show "$job" || [[ $info == *JobState=RUNNING*PreemptTime=None* ]] ||
     handing_over=yes

@@ -11,6 +11,7 @@ with `lightning` and `pytorch_lightning`, in `fit` alone. A step, here, is a tra
     hook                what it does; the section until the next hook
     setup               connects; "setup", or "resume" where a checkpoint had been saved
     on_load_checkpoint  a fit that had stopped early is done
+    on_fit_start        tells what happens if a rank fails now
     on_train_start      ranks must start at one step, and restarts resume; "first_batch"
     on_train_batch_end  heartbeat; stops if asked; none, or "epoch_turn" after an epoch's last batch
     on_validation_*     stops if asked; "validation", entered again with each batch
@@ -358,37 +359,37 @@ def resuming(fit: Callable[..., None], directory: Path) -> Callable[..., None]:
     def fit_and_resume(trainer: Any, *args: Any, **kwargs: Any) -> None:
         given = signature.bind(trainer, *args, **kwargs)
         values = given.arguments
+        name = type(getattr(values["model"], "_orig_mod", values["model"])).__name__
+        path = directory / f"fit_{name}_{fits[name]}.ckpt"
+        fits[name] += 1
         if not getattr(trainer, "fast_dev_run", False):
-            model = values["model"]
-            name = type(getattr(model, "_orig_mod", model)).__name__  # less torch.compile
-            path = directory / f"fit_{name}_{fits[name]}.ckpt"
-            fits[name] += 1
-            ours, is_tuning = prepare(trainer, directory)
-            ours.rolling = None
-            if values.get("ckpt_path") is None and not is_tuning:
-                ours.rolling = Rolling(path, seconds)
-                if is_complete(path):
-                    values.update(ckpt_path=path, weights_only=False)  # it is our own
+            ours = callback_of(trainer, directory)
+            is_tuning = any(
+                is_lightnings(type(callback).on_fit_start, *TUNERS)
+                for callback in trainer.callbacks
+            )
+            is_ours = values.get("ckpt_path") is None and not is_tuning
+            ours.rolling = Rolling(path, seconds) if is_ours else None
+            if is_ours and is_complete(path):
+                values.update(ckpt_path=path, weights_only=False)  # we trust it
+                for callback in trainer.callbacks:
+                    if is_lightnings(type(callback).setup, "SaveConfigCallback.setup"):
+                        callback.overwrite = True  # what it wrote in the run before
         fit(*given.args, **given.kwargs)
 
     return fit_and_resume
 
 
-def prepare(trainer: Any, directory: Path) -> tuple[Any, bool]:
-    """The Trainer's FaultToleranceCallback, if need be a new one; and whether a tuner is there."""
+def callback_of(trainer: Any, directory: Path) -> Any:
+    """The Trainer's FaultToleranceCallback, of whatever copy of this module, or a new one."""
     callbacks, keepers = trainer.callbacks, trainer.checkpoint_callbacks
-    is_tuning = any(is_lightnings(type(x).on_fit_start, *TUNERS) for x in callbacks)
     for callback in callbacks:
-        if is_lightnings(type(callback).setup, "SaveConfigCallback.setup"):
-            callback.overwrite = True  # or a restart would fail
-    # Of whatever module, as a script may have a copy in a package of its own.
-    name = FaultToleranceCallback.__name__
-    named = [x for x in callbacks if name in [kind.__name__ for kind in type(x).__mro__]]
-    if not named:
-        named = [FaultToleranceCallback(True, calculate_timeouts=True, exp_dir=directory)]
-        place = callbacks.index(keepers[0]) if keepers else len(callbacks)  # as Lightning's order
-        trainer.callbacks = [*callbacks[:place], *named, *callbacks[place:]]
-    return named[0], is_tuning
+        if FaultToleranceCallback.__name__ in [kind.__name__ for kind in type(callback).__mro__]:
+            return callback
+    ours = FaultToleranceCallback(True, calculate_timeouts=True, exp_dir=directory)
+    place = callbacks.index(keepers[0]) if keepers else len(callbacks)  # Lightning's order
+    trainer.callbacks = [*callbacks[:place], ours, *callbacks[place:]]
+    return ours
 
 
 # ----------------------------------------------------------------------------- simulated faults
@@ -493,6 +494,18 @@ class FaultToleranceCallback(pl.Callback):
         self._fit.give_signals_back(self._client)
 
     on_test_start = on_predict_start = on_sanity_check_start
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.has_trained:
+            return
+        given, rolling = self._fit.given, self.rolling
+        found, self._fit.may_try = list(obstacles(trainer, given, rolling)), trainer.is_global_zero
+        if found and trainer.is_global_zero:
+            text = "if a rank fails now, TRAINING WILL NOT RESUME: %s"
+            self.logger.warning(text, "; ".join(found))
+        elif trainer.is_global_zero:
+            where = resumes_from(trainer, given, rolling)
+            self.logger.info("if a rank fails now, training resumes from %s", where)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         if checkpoint.get(COMPLETE):
@@ -732,14 +745,6 @@ class FaultToleranceCallback(pl.Callback):
             )
         if self.has_trained:
             return
-        given, rolling = self._fit.given, self.rolling
-        found, self._fit.may_try = list(obstacles(trainer, given, rolling)), trainer.is_global_zero
-        if found and trainer.is_global_zero:
-            text = "if a rank fails now, TRAINING WILL NOT RESUME: %s"
-            self.logger.warning(text, "; ".join(found))
-        elif trainer.is_global_zero:
-            where = resumes_from(trainer, given, rolling)
-            self.logger.info("if a rank fails now, training resumes from %s", where)
         if step > 0 or not trainer.is_global_zero:
             return
         try:
@@ -747,14 +752,14 @@ class FaultToleranceCallback(pl.Callback):
             step, checkpoint = int(noted["step"]), str(noted["checkpoint"])
         except (OSError, *BROKEN):
             return
-        keeper = None if rolling else last_keeper(trainer, is_kept=True)
+        keeper = None if self.rolling else last_keeper(trainer, is_kept=True)
         path = last_path(trainer, keeper) if keeper else ""
         newest = restore_last(path) if keeper else None
         if newest is not None:
             raise RuntimeError(f"{path} was missing: linked {newest}, for a restart to resume")
         self.logger.warning(
             "*** TRAINING STARTS AT STEP 0 ALTHOUGH STEP %d WAS SAVED ***\n*** in %s\n*** %s",
-            step, checkpoint, why_not_resumed(trainer, checkpoint, given),
+            step, checkpoint, why_not_resumed(trainer, checkpoint, self._fit.given),
         )  # fmt: skip
 
     def _stop_if_asked(
@@ -859,7 +864,7 @@ class Fit:
         self.is_training = False  # from on_train_start to on_train_end
         self.is_asked = False  # to save, or to stop, at the next apt batch
         self.is_saving = False  # because of that
-        self.saved_at = time.monotonic()
+        self.saved_at = -math.inf  # monotonic: the first save comes soon, and shows if it can
         self.complete: str | None = (
             None  # why there was nothing left to train, as a checkpoint says
         )

@@ -113,11 +113,11 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.elastic.rendezvous import dynamic_rendezvous as c10d
 from torch.distributed.launcher import api as launcher_api
 
-NO_CALLBACK = "is FaultToleranceCallback among the Trainer's callbacks?"
 EXIT_FAILED = 1
 EXIT_GAVE_UP = 93
 KEPT_RUNS = 20  # the newest, in each place
 HEALTH_CHECK_SECONDS = 60.0
+HOOK_SECONDS = 10
 RENDEZVOUS_TRIES = 3  # for a node that is lost as the nodes meet
 SPARE_SECONDS = 3.0  # that a place stays free for a node that restarts, before a spare takes it
 LISTEN_SECONDS = 1.0  # between looks for what other nodes tell
@@ -232,6 +232,7 @@ class Job:
     log: ft_monitor.Log
     policy: RestartPolicy
     health_check: str | None = None  # a shell command
+    hook: str | None = None  # another, for each incident
     flag: str | None = None  # the finished flag, unless there was one at the start
     run_id: str = ""  # the same on all nodes
     auto: dict[str, str] = dataclasses.field(default_factory=dict)  # ranks' variables, --ft-auto
@@ -338,6 +339,7 @@ class FaultToleranceAgent(LocalElasticAgent):
         self._evidence: Evidence | None = Evidence(Outcome.WELL, [])  # of how it has ended
         self._is_noted = True  # whether that is in incidents.jsonl
         self._listened = 0.0  # when this node last looked for what others tell, monotonic
+        self._suspect = ""  # host of that of the attempt before
         self._well: RunResult | None = None  # how this node's ranks have ended, if well
         self._wait_until = 0.0  # for those of other nodes then, monotonic
         spec = self._worker_group.spec
@@ -397,6 +399,7 @@ class FaultToleranceAgent(LocalElasticAgent):
                 handler._op_executor.run(c10d._RendezvousExitOp(), deadline)
             except RendezvousError:
                 pass  # the others will take it for dead
+        write_beside_flag(self._job, "bad_nodes", "a", reason, ft_monitor.host_name())
         raise NodeLeft(reason)
 
     def _shared(self, use: Callable[[Any], Any]) -> Any:
@@ -539,7 +542,7 @@ class FaultToleranceAgent(LocalElasticAgent):
         Otherwise torch would only wait for them, deaf to those that failed and want a restart.
         """
         if self._well is None:
-            evidence = self._gather()
+            evidence = self._gather(Outcome.WELL)
             reason = requested(evidence, WorkloadAction.ShutdownWorkload)
             if reason and not self._job.is_complete():
                 self._end_job(reason)
@@ -580,15 +583,14 @@ class FaultToleranceAgent(LocalElasticAgent):
             log.warning("stopped within %.1f s: %s", time.monotonic() - began, text)
         else:
             super()._shutdown(None)  # type: ignore[arg-type]
-            outcome = Outcome.ELSEWHERE if state == WorkerState.FAILED else None
+            outcome = Outcome.ELSEWHERE if state == WorkerState.FAILED else Outcome.WELL
             self._note(self._incident(self._gather(outcome)))
         incidents = ft_monitor.read_incidents(self._job.run_dir)
         if len(incidents) > 1 or any(x.outcome == Outcome.FAILED for x in incidents):
             log.info("%s", ft_monitor.render_report(incidents))
 
-    def _gather(self, outcome: Outcome | None = None) -> Evidence:
-        """How the attempt ended on this node, which the others are told, once. By default, its
-        reports tell."""
+    def _gather(self, outcome: Outcome) -> Evidence:
+        """How the attempt ended on this node, which the others are told, once."""
         if self._evidence is not None:
             return self._evidence
         within = functools.partial(ft_monitor.within, ft_monitor.FILE_SECONDS)
@@ -608,9 +610,6 @@ class FaultToleranceAgent(LocalElasticAgent):
             report.request or ft_monitor.raised_by_itself(report) for report in reports
         ):
             outcome = Outcome.FAILED  # a rank here failed first, and took its time to end
-        if outcome is None:
-            is_well = all(report.status == 0 for report in reports)
-            outcome = Outcome.WELL if is_well else Outcome.FAILED
         self._evidence = Evidence(outcome, reports, places)
         self._tell_of(self._evidence)
         if self._shared(lambda store: store.add(COUNT, 1)) == group.group_world_size:
@@ -619,7 +618,6 @@ class FaultToleranceAgent(LocalElasticAgent):
         return self._evidence
 
     def _incident(self, *parts: Evidence) -> Incident:
-        """What is made of it."""
         outcomes = [part.outcome for part in parts]
         places = {rank: place for part in parts for rank, place in part.places.items()}
         workers = self._worker_group.workers
@@ -634,7 +632,6 @@ class FaultToleranceAgent(LocalElasticAgent):
         )
 
     def _note(self, incident: Incident) -> None:
-        """Write it down."""
         if self._is_noted:
             return
         self._is_noted = True
@@ -648,13 +645,24 @@ class FaultToleranceAgent(LocalElasticAgent):
         if problem is not None:
             self._job.log.warning("cannot write down how the attempt ended: %s", problem)
 
+    def _spread(self, incident: Incident, text: str, is_over: bool) -> None:
+        """One node does so for all."""
+        job, before, self._suspect = self._job, self._suspect, incident.host
+        group: Any = self._worker_group
+        if group.group_rank != 0:
+            return
+        if before == incident.host != "" and not is_over and group.group_world_size != 1:
+            write_beside_flag(job, "bad_nodes", "a", f"twice in a row: {incident.why}", before)
+        if job.hook:
+            call_hook(job.hook, {**dataclasses.asdict(incident), "text": text})
+
     def _decide(self, outcome: Outcome) -> None:
         """At the end of an attempt: explain it, and end the job if a restart would lead nowhere."""
         if self._is_noted:
             return
-        evidence = self._gather(outcome)
-        if evidence.outcome == Outcome.FAILED:
+        if outcome == Outcome.FAILED:
             self._tell(AGAIN)
+        evidence = self._gather(outcome)
         incident = self._verdict(evidence)
         self._note(incident)
         is_failure = incident.outcome == Outcome.FAILED
@@ -667,12 +675,24 @@ class FaultToleranceAgent(LocalElasticAgent):
             what_next = f"not restarting: {reason}" if reason else "this node leaves the job"
         text = ft_monitor.explain(incident, str(self._directory), what_next)
         self._job.log.error("%s", text)
+        if is_failure:
+            self._spread(incident, text, is_over=bool(reason))
         if leave and not reason:
             self._leave(leave)
         if reason or is_over:
             self._end_job(reason or "")
         if is_failure and outcome == Outcome.ELSEWHERE:
             self._remaining_restarts -= 1  # as torch does where a node's own ranks failed
+
+
+def call_hook(command: str, values: dict[str, Any]) -> None:
+    """Nobody waits for it, and it may outlive this launcher: it lacks the mark of ranks."""
+    environment = {name: x for name, x in os.environ.items() if name != "FT_RUN_DIR"}
+    bounded = ["timeout", "-k1", str(HOOK_SECONDS), "/bin/sh", "-c", command]
+    with tempfile.TemporaryFile() as text:
+        text.write(ft_monitor.to_text(values).encode())
+        text.seek(0)
+        subprocess.Popen(bounded, stdin=text, env=environment, start_new_session=True)
 
 
 def check_node(command: str, run_dir: Path) -> str | None:
@@ -721,6 +741,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--ft-auto-dir", metavar="DIR", help=about)
     about = "from one of them to the next (%(default)s)"
     add("--ft-auto-save-minutes", type=float, metavar="N", default=10.0, help=about)
+    about = "run, for 10 s at most, after each failed attempt, which it is given as JSON on stdin"
+    add("--ft-on-incident", metavar="COMMAND", help=about)
     about = "below it, each launcher keeps its evidence (default: %(default)s)"
     add("--ft-run-dir", metavar="DIR", default=ft_monitor.default_run_dir(), help=about)
     return parser
@@ -784,7 +806,8 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Job, Any]:
     policy = RestartPolicy(args.ft_max_no_progress_cycles)
     flag = None if flag is None or os.path.exists(flag) else flag
     check = args.ft_node_health_check
-    return Job(run_dir, config, log, policy, check, flag, launch[0].run_id, auto), launch
+    hook, run_id = args.ft_on_incident, launch[0].run_id
+    return Job(run_dir, config, log, policy, check, hook, flag, run_id, auto), launch
 
 
 def check_script(args: argparse.Namespace) -> None:
@@ -929,18 +952,29 @@ def launch_workers(job: Job, config: Any, entrypoint: Any, args: Sequence[Any]) 
     launcher_api.elastic_launch(config, entrypoint)(*args)
 
 
-def give_up(job: Job, reason: str) -> int:
-    """Exit code 93, and the reason in a file: srun and schedulers lose exit codes."""
-    job.log.error("gave up: %s", reason)
-    flag = os.environ.get(FLAG_VARIABLE)
-    values = {"reason": reason, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-    text = ft_monitor.to_text({**values, "host": os.uname().nodename})
-    if flag:
-        write = functools.partial(ft_monitor.write_file, f"{flag}.gave_up", text, durable=True)
-        error = ft_monitor.within(ft_monitor.FLAG_SECONDS, write)
-        if error:
-            job.log.error("cannot write %s.gave_up: %s", flag, error)
-    return EXIT_GAVE_UP
+def write_beside_flag(job: Job, suffix: str, mode: str, reason: str, host: str) -> None:
+    """For autoresume.sh."""
+    flag, moment = os.environ.get(FLAG_VARIABLE), time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+    def write() -> None:
+        with open(f"{flag}.{suffix}", mode, encoding="utf-8") as file:
+            file.write(ft_monitor.to_text({"reason": reason, "time": moment, "host": host}))
+            file.flush()
+            os.fsync(file.fileno())
+
+    if flag and (error := ft_monitor.within(ft_monitor.FLAG_SECONDS, write)):
+        job.log.error("cannot write %s.%s: %s", flag, suffix, error)
+
+
+def check_end(job: Job) -> None:
+    """Of workers that ended well. Raises GaveUp where the next run would not complete training."""
+    if job.flag is None or job.is_complete():
+        return
+    has_connected = any(x.connected for x in ft_monitor.read_incidents(job.run_dir)[-1:])
+    if not (has_connected or job.has_file(".stop")):  # which a script may have heeded by itself
+        callback = "is FaultToleranceCallback among the Trainer's callbacks?"
+        raise GaveUp(f"no rank told of training: {callback}")
+    job.log.warning("the workers ended well, but training is not complete: no %s", job.flag)
 
 
 def run(job: Job, launch: Any) -> int:
@@ -948,10 +982,14 @@ def run(job: Job, launch: Any) -> int:
     log = job.log
     try:
         launch_workers(job, *launch)
+        check_end(job)
+        return 0
     except ChildFailedError:  # which the agent has explained
         return EXIT_FAILED
-    except GaveUp as error:
-        return give_up(job, str(error))
+    except GaveUp as error:  # srun and schedulers lose exit codes
+        log.error("gave up: %s", error)
+        write_beside_flag(job, "gave_up", "w", str(error), ft_monitor.host_name())
+        return EXIT_GAVE_UP
     except SignalException as error:
         log.warning("ended by %s", error.sigval.name)
         return 128 + error.sigval
@@ -966,12 +1004,6 @@ def run(job: Job, launch: Any) -> int:
         reason, *_ = f"{type(error).__name__}: {error}".splitlines()  # and then C++ frames
         log.error("%s: %s", text, reason)
         return EXIT_FAILED
-    if job.flag and not job.is_complete():
-        has_connected = any(x.connected for x in ft_monitor.read_incidents(job.run_dir)[-1:])
-        if not (has_connected or job.has_file(".stop")):  # heeded, maybe, by a script
-            return give_up(job, f"no rank told of training: {NO_CALLBACK}")
-        log.warning("the workers ended well, but training is not complete: no %s", job.flag)
-    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1711,15 +1711,13 @@ def judge(
         )
 
     first, *others = sorted(reports, key=blame)
-    describe = functools.partial(
-        describe_failure, is_one_of_many_hosts=len({report.host for report in reports}) > 1
-    )
-    verdict = describe(first)
+    has_hosts = len({report.host for report in reports}) > 1
+    verdict = describe_failure(first, has_hosts)
     if failed_by_itself(first):
         return first, verdict
     # What others noticed; and the hang that ended it, if the suspect is another rank.
     told = [x for x in others if x.error is not None or x.end == End.HUNG != first.end]
-    noticed = [describe(report) for report in told]
+    noticed = [describe_failure(report, has_hosts) for report in told]
     verdict = "; ".join([verdict, *noticed[:1]])
     are_all_here = world is None or len(reports) >= world
     if first.rank in waiting and not are_all_here:
@@ -1742,11 +1740,11 @@ FAILURES: tuple[tuple[Callable[[Any], Any], str], ...] = (
 )
 
 
-def describe_failure(report: Report, is_one_of_many_hosts: bool = False) -> str:
+def describe_failure(report: Report, has_hosts: bool = False) -> str:
     who = f"pid {report.pid}" if report.pid else f"its monitor's pid {report.monitor_pid}"
     if report.end == End.LOST:
         who = report.host
-    elif is_one_of_many_hosts:
+    elif has_hosts:
         who = f"{report.host}, {who}"
     signals = {-number: number.name for number in signal.Signals}
     words = next(words for is_true, words in FAILURES if is_true(report)).format(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
+import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +15,7 @@ from typing import Any
 import pytest
 import pytorch_lightning
 import torch
-from conftest import Heard
+from conftest import ROOT, Heard, Started
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
@@ -257,6 +260,170 @@ def test_training_goes_on_if_the_disk_is_full_but_a_stop_says_so(
     Path(f"{os.environ[FLAG_VARIABLE]}.stop").touch()
     with pytest.raises(OSError, match="No space"):
         make_trainer(tmp_path).fit(Model())
+
+
+# ------------------------------------------------------------------------------ unchanged scripts
+
+# What befalls the rank, and in which step, is in a file. What should come of it, plain torch tells.
+PRELUDE = """
+import copy, os, signal, time
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+FAULTS, SIGNALS = Path(__file__).with_name("faults"), {"killed": 9, "frozen": 19, "stopped": 15}
+
+class Loader(DataLoader):  # resumes amid an epoch
+    start = done = 0
+
+    def __iter__(self):
+        start, self.start = self.start, 0
+        for index, batch in enumerate(super().__iter__()):
+            if index >= start:
+                self.done = index + 1
+                yield batch
+
+    def state_dict(self):
+        return {"done": self.done}
+
+    def load_state_dict(self, state):
+        self.start = state["done"]
+
+class Train:
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(8, 1)
+
+    def training_step(self, batch, batch_idx):
+        time.sleep(0.01)
+        return self.layer(batch[0]).square().mean()
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val", max(0.2 - self.current_epoch * 0.1, 0.0))
+
+    def on_train_start(self):
+        print(f"starts at {self.global_step},")
+
+    def on_train_batch_end(self, *args):
+        fault, step, *rest = (FAULTS.read_text() + " - 0").split(" ")
+        if self.global_step == int(step):
+            FAULTS.write_text(" ".join(rest))
+            os.kill(os.getpid(), SIGNALS[fault])
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=0.01)
+
+def tell(trainer, model, first, loader):
+    expected = copy.deepcopy(first)
+    optimizer = torch.optim.Adam(expected.parameters(), lr=0.01)
+    for step in range(trainer.global_step):
+        optimizer.zero_grad()
+        batch = list(DataLoader(loader.dataset, batch_size=8))[step % 10]
+        expected(batch[0]).square().mean().backward()
+        optimizer.step()
+    is_same = torch.allclose(model.layer.weight, expected.weight, atol=1e-6)
+    print(f"step {trainer.global_step}, {'as' if is_same else 'NOT AS'} without a fault")
+
+torch.manual_seed(1)
+"""
+SCRIPTS = {  # its arguments, its text, faults, and its last step
+    "plain": (
+        [],
+        """
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
+
+class Net(Train, LightningModule):
+    pass
+
+loader = Loader(TensorDataset(torch.randn(80, 8)), batch_size=8)
+model = Net()
+first = copy.deepcopy(model.layer)
+trainer = Trainer(max_epochs=4, accelerator="cpu", logger=CSVLogger("logs"))
+trainer.fit(model, loader, loader)
+tell(trainer, model, first, loader)
+""",
+        "killed 13 frozen 27",
+        40,
+    ),
+    "cli": (
+        ["fit", "--config=settings.yaml"],
+        """
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LightningCLI
+
+class Net(Train, LightningModule):
+    def __init__(self, width: int = 8):
+        super().__init__()
+        self.first = [copy.deepcopy(self.layer)]
+
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(torch.ones(80, 8)), batch_size=8)
+
+cli = LightningCLI(Net)
+tell(cli.trainer, cli.model, cli.model.first[0], cli.model.train_dataloader())
+""",
+        "stopped 13",
+        30,
+    ),
+    "hydra": (
+        [],
+        """
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+
+class Net(Train, pl.LightningModule):
+    pass
+
+os.makedirs(outputs := f"outputs/{time.time()}")
+os.chdir(outputs)
+loader = DataLoader(TensorDataset(torch.ones(80, 8)), batch_size=8)
+model = Net()
+first = copy.deepcopy(model.layer)
+top = ModelCheckpoint("top", monitor="val", save_top_k=3)
+stopping = EarlyStopping("val", patience=2)
+trainer = pl.Trainer(max_epochs=50, accelerator="cpu", callbacks=[stopping, top])
+trainer.fit(model, loader, loader)
+tell(trainer, model, first, loader)
+trainer.validate(model, loader, ckpt_path="best")
+""",
+        "killed 37",
+        50,
+    ),
+}
+SETTINGS = "seed_everything: 7\ntrainer: {max_epochs: 3, accelerator: cpu, logger: false}\n"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_an_unchanged_script_ends_as_without_its_faults(
+    start: Callable[..., Started], tmp_path: Path, name: str
+) -> None:
+    """With default checkpointing and a CSVLogger; with LightningCLI and YAML, which would not
+    overwrite its config.yaml; with pytorch_lightning, in a directory that is another each time."""
+    arguments, text, faults, last = SCRIPTS[name]
+    (tmp_path / "train.py").write_text(PRELUDE + text)
+    (tmp_path / "settings.yaml").write_text(SETTINGS)
+    (tmp_path / "faults").write_text(faults)
+    (tmp_path / "vendored").mkdir()
+    for module in ("ft_monitor.py", "ft_launcher.py", "ft_callback.py"):
+        shutil.copy(ROOT / module, tmp_path / "vendored")
+    options = ["--ft-auto", "--ft-auto-save-minutes=1e-6", "--max-restarts=2", "--ft-run-dir=runs"]
+    options += ["--ft-rank-heartbeat-timeout=3", "--ft-min-timeout=3"]
+    command = [sys.executable, "vendored/ft_launcher.py", *options, "train.py", *arguments]
+    runs = [start(command)]
+    assert runs[0].wait() == 0, runs[0].output
+    if "stopped" in faults:
+        assert "step 13 is saved" in runs[0].output or "stopped at step" in runs[0].output
+        runs.append(start(command))
+        assert runs[1].wait() == 0 and "resuming the training in" in runs[1].output
+    assert f"step {last}, as without a fault" in runs[-1].output, runs[-1].output
+    (directory,) = (tmp_path / "ft_checkpoints").iterdir()
+    assert json.loads((directory / "finished").read_text())["step"] == last
+    output = "".join(run.output for run in runs)
+    starts = re.findall(r"starts at (\d+),", output)
+    assert len(starts) == len(faults.split()) // 2 + 1, output
+    assert int(starts[0]) == 0 and all(int(step) > 0 for step in starts[1:])
 
 
 # --------------------------------------------------------------------------------- the launcher

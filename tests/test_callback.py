@@ -984,6 +984,20 @@ def test_a_set_up_that_cannot_work_is_one_error_that_says_what_to_do_and_the_mon
     assert all(message["action"] == "ShutdownWorkload" for message in asked)
 
 
+def test_without_a_launcher_it_is_off_with_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in a debugger. Callbacks that follow are set up all the same."""
+    monkeypatch.delenv(FLAG_VARIABLE, raising=False)
+    keeper = keep(tmp_path)
+    trainer = make_trainer(tmp_path, FaultToleranceCallback(autoresume=True), keeper, max_epochs=1)
+    trainer.fit(Model(), ckpt_path="last")
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(Model())
+    assert trainer.global_step == 6 and (tmp_path / "checkpoints" / "last.ckpt").exists()
+    assert caplog.text.count("not started by ft_launcher: FaultToleranceCallback is off") == 1
+
+
 def test_an_error_in_the_users_own_setup_is_the_one_shown(
     flag: Path, monitor: Heard, tmp_path: Path
 ) -> None:

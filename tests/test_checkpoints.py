@@ -694,6 +694,32 @@ def test_a_last_checkpoint_that_no_restart_can_resume_from_is_told_at_the_start(
     assert len(told(caplog)) == (advice is not None)
 
 
+@pytest.mark.parametrize(
+    ("path", "keeper", "line"),
+    [
+        ("last", {"every_n_epochs": 2}, "resumes from {last}, saved every 2 epochs"),
+        ("last", {"every_n_train_steps": 1}, "resumes from {last}, saved every 1 step"),
+        (
+            None,
+            {},
+            "NOT RESUME: trainer.fit got no ckpt_path: give ModelCheckpoint(save_last=True)",
+        ),
+    ],
+)
+def test_what_happens_if_a_rank_fails_is_told_before_training_starts(
+    flag: Path,
+    monitor: Heard,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    path: str | None,
+    keeper: dict[str, Any],
+    line: str,
+) -> None:
+    fit(tmp_path, ckpt_path=path, **keeper)
+    assert caplog.text.count("if a rank fails now") == 1
+    assert line.format(last=tmp_path / "checkpoints" / "last.ckpt") in caplog.text
+
+
 def test_two_keepers_of_which_one_is_right_are_right(
     flag: Path, monitor: Heard, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -649,6 +649,8 @@ WRONG = {
     "--ft-cfg-path=missing.json train.py": "cannot read 'missing.json': No such file or directory",
     "--ft-cfg-path=. train.py": "cannot read '.': Is a directory",
     "--ft-cfg-path=deep.json train.py": "configuration 'deep.json': ",
+    "--ft-auto --ft-auto-save-minutes=0 train.py": "--ft-auto-save-minutes: got 0, expected more",
+    "--ft-auto --ft-auto-dir=/dev/null train.py": "Not a directory: '/dev/null/train_",
     "missing.py": "script 'missing.py' not found in ",
     ".": "script '.' not found in ",
     "--no-python missing-command": "command 'missing-command' not found",

@@ -303,6 +303,8 @@ def test_a_node_that_is_not_healthy_when_it_restarts_says_what_the_check_printed
     last = our_lines(broken.output)[-1]
     start = "[ft_launcher] this node leaves the job: the health check of this node failed: "
     assert last.startswith(start) and last.endswith("ended with 4: GPU 3: 12 retired pages")
+    bad = json.loads((tmp_path / "finished.bad_nodes").read_text())
+    assert bad["host"] == os.uname().nodename and "12 retired pages" in bad["reason"]
 
 
 def test_a_health_check_always_has_an_answer_and_leaves_nothing(
@@ -341,6 +343,52 @@ def test_a_launcher_that_is_ended_during_a_health_check_leaves_nothing_of_it(
     assert ended_job.wait(20) in (128 + number, -number), ended_job.output
     assert "Traceback" not in ended_job.output
     gone_within(3, tmp_path)
+
+
+# -------------------------------------------------------------------------------- what is told of it
+
+
+def test_a_command_is_told_of_each_failed_attempt_and_delays_no_restart(
+    job: Launch, tmp_path: Path
+) -> None:
+    hook = f"--ft-on-incident=cat >{tmp_path}/told; sleep 2; touch {tmp_path}/over"
+    told = job(["--max-restarts=1", hook], "sys.exit(7 if ATTEMPT == 0 else 0)")
+    assert told.wait() == 0, told.output
+    wait_until((tmp_path / "over").exists, 10, "the command's end")
+    incident = json.loads((tmp_path / "told").read_text())
+    assert incident["suspect"] == 0 and incident["attempt"] == 0
+    assert incident["text"].splitlines()[0] in told.output
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    first, second = ft_monitor.read_incidents(run_dir)
+    assert second.start - first.end < 2
+
+
+def test_a_command_that_hangs_is_killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FT_TEST_MARK", str(tmp_path))
+    monkeypatch.setattr(ft_launcher, "HOOK_SECONDS", 0.2)
+    ft_launcher.call_hook("trap '' TERM; sleep 1000 & sleep 1000", {})
+    gone_within(5, tmp_path)
+
+
+def test_a_host_with_the_suspect_twice_in_a_row_is_bad_where_there_are_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("FAULT_TOL_FINISHED_FLAG_FILE", str(tmp_path / "finished"))
+    config, log = ft_monitor.FaultToleranceConfig(), ft_monitor.Log("test")
+
+    def bad(nodes: int, *hosts: str, is_over: bool = False) -> list[str]:
+        agent: Any = ft_launcher.FaultToleranceAgent.__new__(ft_launcher.FaultToleranceAgent)
+        agent._job, agent._suspect = ft_launcher.Job(tmp_path, config, log, RestartPolicy(3)), ""
+        agent._worker_group = SimpleNamespace(group_rank=0, group_world_size=nodes)
+        path = tmp_path / "finished.bad_nodes"
+        path.write_text("")
+        for host in hosts:
+            agent._spread(SimpleNamespace(host=host, why="it hung"), "", is_over)
+        return [json.loads(line)["host"] for line in path.read_text().splitlines()]
+
+    assert bad(2, "a", "b", "b", "a") == ["b"]
+    assert bad(2, "", "") == [] == bad(1, "a", "a")
+    assert bad(2, "a", "a", is_over=True) == [], "a bug in the code, say"
 
 
 # --------------------------------------------------------------------------------------- survivors
@@ -765,6 +813,7 @@ def test_a_node_that_a_rank_excludes_ends_with_0_and_the_other_goes_on(
     assert said in excluded.output
     assert other.wait(60) == 0, other.output
     assert "node a goes on alone" in other.output
+    assert json.loads((tmp_path / "finished.bad_nodes").read_text())["host"] == "host-b"
 
 
 def test_a_node_whose_ranks_ended_well_starts_again_with_one_whose_ranks_failed_later(

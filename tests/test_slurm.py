@@ -300,6 +300,25 @@ def test_a_chain_of_jobs_ends_with_the_flag_and_an_empty_queue(
     assert "JobName=a name" in names
 
 
+def test_a_bad_node_is_not_used_again(slurm: Slurm, directory: Path) -> None:
+    """What the launcher would write of the node of the first job, the job itself does."""
+    text = """#!/bin/bash
+./train.sh 3
+echo "$SLURMD_NODENAME" >>nodes
+[ -s ft_finished.flag.bad_nodes ] || printf '{"reason": "ECC", "time": "%(%FT%T%z)T", "host": "%s"}\\n' \\
+  -1 "$SLURMD_NODENAME" >>ft_finished.flag.bad_nodes
+"""
+    write_program(directory / "marked.sh", text)
+    slurm.submit(directory, str(write_job(directory, command="./marked.sh")))
+    slurm.wait_empty()
+    first, *later = (directory / "nodes").read_text().split()
+    assert len(later) == 2 and first not in later, output(directory)
+    [told, *_] = re.findall(r"bad nodes: .*", output(directory))
+    what = f"bad nodes: {first}; job {jobs_of(directory)[1]} does without {first}, at most 1 of 2: "
+    assert told.startswith(what)
+    assert "warning" not in output(directory)
+
+
 def test_usr1_before_the_time_limit_hands_over_to_the_next_job(
     slurm: Slurm, directory: Path
 ) -> None:
