@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -25,7 +26,7 @@ for ignored in (signal.SIGQUIT, signal.SIGHUP):
 from ft_monitor import Report  # noqa: E402  after the path
 
 PYTHON = (sys.executable, "-I", "-S")  # starts in 20 ms
-SLOW = {"launch", "slurm", "run", "train"}  # fixtures that start launchers, trainings or SLURM
+SLOW = {"launch", "slurm", "job", "drill"}  # fixtures that start launchers, trainings or SLURM
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -33,6 +34,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if SLOW & set(getattr(item, "fixturenames", ())):
             item.add_marker("slow")
+
+
+class Scheduling(LoadScopeScheduling):
+    """Each test goes to the next worker that is free, those of SLURM to one: they share a cluster.
+
+    --dist=loadgroup would do the same, but for pytest-xdist 3.8 knowing no groups in pytest 9.2.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "slurm" if "test_slurm.py" in nodeid else nodeid
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:
+    return Scheduling(config, log)
 
 
 def wait_until(condition: Callable[[], Any], limit: float = 60.0, what: str = "") -> Any:

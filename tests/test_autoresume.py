@@ -303,6 +303,7 @@ open(os.environ["FAULT_TOL_FINISHED_FLAG_FILE"], "w").close()
 """
 
 
+@pytest.mark.slow
 def test_a_script_with_its_own_usr1_handler_hears_it_through_the_launcher(
     start: Start, directory: Path
 ) -> None:

@@ -21,23 +21,23 @@ def rows(output: str) -> dict[str, list[str]]:
 
 
 @pytest.fixture
-def run(start: Start, tmp_path: Path) -> Callable[..., Started]:
-    def run_drill(*arguments: str) -> Started:
+def drill(start: Start, tmp_path: Path) -> Callable[..., Started]:
+    def run(*arguments: str) -> Started:
         return start(
             [sys.executable, ROOT / "examples" / "drill.py", *arguments], TMPDIR=str(tmp_path)
         )
 
-    return run_drill
+    return run
 
 
 @pytest.mark.timeout(620)
 def test_faults_that_training_comes_back_from_are_rows_of_a_table_and_end_with_0(
-    run: Callable[..., Started], tmp_path: Path
+    drill: Callable[..., Started], tmp_path: Path
 ) -> None:
-    drill = run("--only", "crash", "SIGTERM to the launcher")
-    assert drill.wait(600) == 0, drill.output
-    table = rows(drill.output)
-    assert list(table) == ["fault", "---", "crash", "SIGTERM to the launcher"], drill.output
+    job = drill("--only", "crash", "SIGTERM to the launcher")
+    assert job.wait(600) == 0, job.output
+    table = rows(job.output)
+    assert list(table) == ["fault", "---", "crash", "SIGTERM to the launcher"], job.output
     noticed, stacks, restarted, lost, left, verdict = table["crash"]
     assert float(noticed.removesuffix(" s")) > 0 and float(restarted.removesuffix(" s")) > 0
     assert (stacks, lost, left, verdict) == ("yes", "7", "0", "ok")
@@ -47,11 +47,11 @@ def test_faults_that_training_comes_back_from_are_rows_of_a_table_and_end_with_0
 
 @pytest.mark.timeout(620)
 def test_a_fault_that_training_does_not_come_back_from_is_told_of_and_ends_with_1(
-    run: Callable[..., Started], tmp_path: Path
+    drill: Callable[..., Started], tmp_path: Path
 ) -> None:
-    drill = run("--only", "crash", "--", "--max-restarts=0")
-    assert drill.wait(600) == 1, drill.output
-    *_, restarted, lost, left, verdict = rows(drill.output)["crash"]
+    job = drill("--only", "crash", "--", "--max-restarts=0")
+    assert job.wait(600) == 1, job.output
+    *_, restarted, lost, left, verdict = rows(job.output)["crash"]
     assert (restarted, lost, left) == ("-", "-", "0")
     output = re.fullmatch(r"exit code 1: see (\S+)", verdict)
     assert output and "no restarts left" in Path(output[1]).read_text()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.abc
+import importlib.util
 import inspect
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -265,10 +268,10 @@ if ATTEMPT == 0:
 # ------------------------------------------------------------------------------------ being stopped
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_is_passed_on_once_and_what_outlives_the_grace_is_killed(
-    launch: Launch, tmp_path: Path, number: signal.Signals
+    launch: Launch, tmp_path: Path
 ) -> None:
+    number = signal.SIGTERM
     body = """
 def stop(number, frame):
     say(f"rank {RANK} got signal {number}; its child {'still runs' if runs(CHILD) else 'is gone'}")
@@ -410,6 +413,7 @@ beat_for_ever()
 # --------------------------------------------------------------------------------- the command line
 
 
+@pytest.mark.slow
 def test_two_launchers_at_once_with_default_flags_each_run_a_world_of_their_own(
     start: Callable[..., Started], tmp_path: Path
 ) -> None:
@@ -461,6 +465,7 @@ def test_two_launchers_at_once_with_default_flags_each_run_a_world_of_their_own(
     assert ft_monitor.FaultToleranceConfig.from_mapping(json.loads(ranks["a_0"]["FT_CONFIG"]))
 
 
+@pytest.mark.slow
 def test_a_script_may_be_a_module_a_command_a_directory_or_run_by_its_path(
     start: Callable[..., Started], tmp_path: Path
 ) -> None:
@@ -473,24 +478,12 @@ def test_a_script_may_be_a_module_a_command_a_directory_or_run_by_its_path(
     script.chmod(0o755)
     shutil.copy(script, tmp_path / "program" / "__main__.py")
     launcher = [*LAUNCHER, f"--ft-run-dir={tmp_path / 'runs'}", "--nproc-per-node=2"]
-    # As pip install -e does it: a finder of its own knows where the module is.
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(f"""
-import importlib.util, sys
-class Finder:
-    def find_spec(name, path=None, target=None):
-        if name == "editable":
-            return importlib.util.spec_from_file_location(name, "{script}")
-sys.meta_path.append(Finder)
-""")
     jobs = [
-        start([*launcher, *options, "--lr", "0.1"], PYTHONPATH=str(tmp_path / "site"))
+        start([*launcher, *options, "--lr", "0.1"])
         for options in (
             ["-m", "tool"],
-            ["-m", "editable"],
             ["--no-python", script],
-            ["--standalone", "--run-path", script],
-            ["program"],
+            ["--standalone", "--run-path", "program"],
         )
     ]
     for job in jobs:
@@ -499,6 +492,22 @@ sys.meta_path.append(Finder)
         assert "Traceback" not in job.output
 
 
+def test_a_module_may_be_where_a_finder_of_its_own_knows(
+    in_process: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As pip install -e does it."""
+
+    class Finder(importlib.abc.MetaPathFinder):
+        def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+            if name == "editable":
+                return importlib.util.spec_from_file_location(name, in_process / "train.py")
+            return None
+
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, Finder()])
+    ft_launcher.parse_arguments(["-m", "editable"])
+
+
+@pytest.mark.slow
 def test_the_files_work_when_copied_or_linked_and_whatever_is_on_the_path(
     start: Callable[..., Started], tmp_path: Path
 ) -> None:
@@ -733,35 +742,39 @@ def test_two_trainings_cannot_have_one_finished_flag_at_the_same_time(
     assert second.wait() == 2
     *_, line = second.output.splitlines()
     assert f"another training, whose launcher is pid {first.pid}, has the same finished" in line
-    other = launch([], "", FAULT_TOL_FINISHED_FLAG_FILE=str(tmp_path / "other"))
-    assert other.wait() == 0, other.output
+    ft_launcher.lock_flag(str(tmp_path / "other"), "another")
     os.kill(first.pid, signal.SIGKILL)  # its lock ends with it
     first.wait()
-    again = launch([], "", **flag)
-    assert again.wait() == 0, again.output
+    ft_launcher.lock_flag(str(tmp_path / "finished"), "another")
 
 
 def test_launchers_of_one_rendezvous_share_a_finished_flag(in_process: Path) -> None:
     """Also when they start at the same time."""
-    lock = "import ft_launcher, sys; ft_launcher.lock_flag(*sys.argv[1:]); print(1); input()"
+    fork = multiprocessing.get_context("fork")
 
-    def lock_as(rendezvous: str) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            [sys.executable, "-c", lock, "flag", rendezvous],
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
+    def hold(rendezvous: str, test: Any) -> None:
+        try:
+            ft_launcher.lock_flag("flag", rendezvous)
+            test.send("held")
+        except ft_launcher.ConfigError as error:
+            test.send(str(error))
+        test.recv()
+
+    def lock_as(rendezvous: str) -> tuple[Any, Any]:
+        ours, theirs = fork.Pipe()
+        process = fork.Process(target=hold, args=(rendezvous, theirs), daemon=True)
+        process.start()
+        return process, ours
 
     nodes = [lock_as("job") for _ in range(3)]
-    assert all(node.stdout and node.stdout.readline() for node in nodes)
-    nodes[0].communicate(b"\n")  # of the launcher whose pid is known
-    _, error = lock_as("other").communicate()
-    assert b"has the same finished flag" in error
-    for node in nodes[1:]:
-        node.communicate(b"\n")
-    assert [node.returncode for node in nodes] == [0] * 3
+    assert [pipe.recv() for _, pipe in nodes] == ["held"] * 3
+    nodes[0][0].kill()  # of the launcher whose pid is known
+    nodes[0][0].join()
+    other, pipe = lock_as("other")
+    assert "has the same finished flag" in pipe.recv()
+    for process in (other, *[process for process, _ in nodes]):
+        process.kill()
+        process.join()
 
 
 def test_flags_beat_the_file_and_the_environment_stands_in_for_flags(

@@ -227,7 +227,6 @@ MESSAGES: dict[str, Message] = {
     "shutdown": {},
     "bye": {"error": None},
 }
-GOOD = encode_message("saved", step=8, checkpoint=None)
 
 
 def without_time(messages: list[Message]) -> list[Message]:
@@ -236,6 +235,9 @@ def without_time(messages: list[Message]) -> list[Message]:
 
 def line(kind: str, **changed: Any) -> bytes:
     return to_text({"type": kind, "time": 1.0, **MESSAGES.get(kind, {}), **changed})[:-1].encode()
+
+
+GOOD = line("saved") + b"\n"
 
 
 def test_every_message_is_understood_as_it_was_sent_wherever_it_is_cut() -> None:

@@ -186,18 +186,13 @@ def test_a_bug_ends_with_93_after_2_attempts_and_the_line_is_in_a_file(
     assert re.fullmatch(what, reason_given(tmp_path))
 
 
-def test_restarts_are_all_used_by_a_job_that_gets_further_and_by_one_that_tells_of_no_steps(
-    job: Launch, tmp_path: Path
-) -> None:
-    body = "client.init_workload_monitoring(); client.send_heartbeat(STEP)\n"
-    saves = "client.report_saved(ATTEMPT); raise ValueError(f'after {ATTEMPT} steps')"
-    unlucky = job(["--max-restarts=4"], body.replace("STEP", "2") + saves)
+def test_restarts_are_all_used_by_a_job_that_gets_further(job: Launch, tmp_path: Path) -> None:
+    body = "client.init_workload_monitoring(); client.send_heartbeat(2); "
+    body += "client.report_saved(ATTEMPT); raise ValueError(f'after {ATTEMPT} steps')"
+    unlucky = job(["--max-restarts=3"], body)
     assert unlucky.wait() == 1, unlucky.output
-    silent = job(["--max-restarts=4"], body.replace("STEP", "None") + "sys.exit(7)")
-    assert silent.wait() == 1, silent.output
-    for ended_job in (unlucky, silent):
-        assert len(endings(ended_job.output)) == 5
-        assert endings(ended_job.output)[-1].endswith("; no restarts left")
+    assert len(endings(unlucky.output)) == 4
+    assert endings(unlucky.output)[-1].endswith("; no restarts left")
     assert not (tmp_path / "finished.gave_up").exists()
 
 
@@ -332,7 +327,7 @@ def test_a_health_check_always_has_an_answer_and_leaves_nothing(
     assert "did not end within" in (check(f"{daemon} sleep 1000; true") or "")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_launcher_that_is_ended_during_a_health_check_leaves_nothing_of_it(
     job: Launch, tmp_path: Path, number: int
 ) -> None:
@@ -610,9 +605,6 @@ def test_ranks_that_end_well_without_the_finished_flag_are_warned_of(
     runs = list((tmp_path / "finished.evidence").iterdir())
     reports = [run / "latest" / "rank0.json" for run in runs]
     assert len(runs) == 2 and all(ft_monitor.Report.read(report).status == 0 for report in reports)
-    (tmp_path / "finished").touch()
-    finished = job(settings, "")
-    assert finished.wait() == 0 and len(our_lines(finished.output)) == 1
 
 
 def test_nodes_that_do_not_meet_are_told_so_in_one_line(
@@ -630,27 +622,20 @@ def test_nodes_that_do_not_meet_are_told_so_in_one_line(
     assert line.startswith(f"[ft_launcher] {told} start: RendezvousConnectionError")
 
 
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        # As a cleaner of /tmp does, in jobs of many days.
-        "import shutil; shutil.rmtree(os.environ['FT_RUN_DIR'], ignore_errors=True)",
-        # It cannot be written, as on a full disk.
-        "os.mkdir(os.environ['FT_RUN_DIR'] + '/incidents.jsonl')",
-    ],
-    ids=["deleted", "not writable"],
-)
-def test_evidence_that_is_lost_while_the_job_runs_costs_the_evidence_alone(
-    job: Launch, spoil: str
-) -> None:
-    body = f"""
+def test_evidence_that_is_lost_while_the_job_runs_costs_the_evidence_alone(job: Launch) -> None:
+    """It cannot be written, as on a full disk; a cleaner of /tmp removes it, in a job of days."""
+    body = """
+import shutil
 client.init_workload_monitoring()
 if ATTEMPT == 0:
-    {spoil}
+    os.mkdir(os.environ["FT_RUN_DIR"] + "/incidents.jsonl")
+if ATTEMPT == 1:
+    shutil.rmtree(os.environ["FT_RUN_DIR"], ignore_errors=True)
+if ATTEMPT < 2:
     sys.exit(7)
 (HERE / "finished").touch()
 """
-    spoiled = job(["--max-restarts=1"], body)
+    spoiled = job(["--max-restarts=2"], body)
     assert spoiled.wait() == 0, spoiled.output
     assert "Traceback" not in spoiled.output, spoiled.output
 
@@ -676,13 +661,13 @@ def test_two_nodes_come_back_from_every_fault(
 
     def run(case: str) -> tuple[int, list[int], float]:
         nodes, number, victims = stress_restarts.CASES[case]
-        return stress_restarts.run_case(nodes, number, victims, restarts=2, limit=120)
+        return stress_restarts.run_case(nodes, number, victims, restarts=1, limit=120)
 
     with ThreadPoolExecutor() as pool:
         results = dict(zip(NODE_FAULTS, pool.map(run, NODE_FAULTS), strict=True))
     print(results)
     assert {case: result[:2] for case, result in results.items()} == dict.fromkeys(
-        NODE_FAULTS, (2, [0, 0])
+        NODE_FAULTS, (1, [0, 0])
     )
     gone_within(3, tmp_path)
     assert not list(tmp_path.glob("torchelastic_*"))

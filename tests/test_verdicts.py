@@ -842,7 +842,6 @@ def test_status_and_report_need_no_torch_and_no_reader(run_dir: Path, flag: str)
 
 # What rank 1 does in each attempt, what the verdict says of it, and where it then is.
 FAULTS = {
-    "spin_in_python": ("hung: no heartbeat", r"at rank\.py:\d+ in spin_in_python"),
     "sleep_for_ever": ("hung: no heartbeat", r"at rank\.py:\d+ in sleep_for_ever"),
     "stop_itself": ("hung: no heartbeat", r"at rank\.py:\d+ in stop_itself"),
     "raise_an_error": (r"failed: ValueError: bad \(rank\.py:\d+ in raise_an_error\)", ""),
@@ -858,10 +857,6 @@ import torch, torch.distributed as dist
 from ft_monitor import RankMonitorClient
 
 FAULTS = {list(FAULTS)}
-
-def spin_in_python():
-    while True:
-        pass
 
 def sleep_for_ever():
     time.sleep(1000)
@@ -893,6 +888,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_the_launcher_names_the_rank_that_failed_and_the_line_in_which_each_rank_was(
     start: Callable[..., Started], tmp_path: Path
 ) -> None:
