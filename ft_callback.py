@@ -276,10 +276,10 @@ def obstacles(
     trainer: pl.Trainer, given: Mapping[str, Any], rolling: Rolling | None
 ) -> Iterator[str]:
     """What will keep restarts from resuming, and the line to change. On all ranks."""
-    keepers = [keeper for keeper in model_checkpoints(trainer) if keeper.save_last]
     if rolling is not None:
-        keepers = []
-    elif given.get("ckpt_path") is None:
+        return
+    keepers = [keeper for keeper in model_checkpoints(trainer) if keeper.save_last]
+    if given.get("ckpt_path") is None:
         yield f'trainer.fit got no ckpt_path: {KEEP_LAST} and ckpt_path="last", or --ft-auto'
     elif given["ckpt_path"] == "last" and not keepers:
         yield f"no last checkpoint is kept: {KEEP_LAST}"
@@ -306,11 +306,9 @@ def resumes_from(trainer: pl.Trainer, given: Mapping[str, Any], rolling: Rolling
     keeper = last_keeper(trainer, is_kept=True)
     if given.get("ckpt_path") != "last" or keeper is None:
         return f"{given.get('ckpt_path')}, or what your script then gives"
-    count, unit = keeper.every_n_epochs or keeper._every_n_train_steps, "steps"
-    if keeper.every_n_epochs:
-        unit = "epochs"
-    how_often = keeper._train_time_interval or f"{count} {unit if count > 1 else unit[:-1]}"
-    return f"{last_path(trainer, keeper)}, saved every {how_often}"
+    epochs, steps = keeper.every_n_epochs, keeper._every_n_train_steps
+    every = keeper._train_time_interval or (f"{epochs} epoch(s)" if epochs else f"{steps} step(s)")
+    return f"{last_path(trainer, keeper)}, saved every {every}"
 
 
 def why_not_resumed(trainer: pl.Trainer, checkpoint: str, given: Mapping[str, Any]) -> str:
@@ -338,9 +336,8 @@ class Rolling:
 
 
 def follow_every_fit() -> list[Any]:
-    """Lightning calls this for each new Trainer, as ft_launcher --ft-auto has put an entry point on
-    the ranks' path. Callbacks are not added here, but by `fit`: Lightning has no hook between that
-    and its choice of what to load."""
+    """What Lightning calls for each new Trainer, by the entry point of ft_launcher --ft-auto. Ours
+    is added not here, but by `fit`: Lightning has no hook before it chooses what to load."""
     directory = os.environ.pop("FT_AUTO", None)  # not for processes that this one starts
     for name in PACKAGES:
         if directory and name in sys.modules:
@@ -364,11 +361,8 @@ def resuming(fit: Callable[..., None], directory: Path) -> Callable[..., None]:
         fits[name] += 1
         if not getattr(trainer, "fast_dev_run", False):
             ours = callback_of(trainer, directory)
-            is_tuning = any(
-                is_lightnings(type(callback).on_fit_start, *TUNERS)
-                for callback in trainer.callbacks
-            )
-            is_ours = values.get("ckpt_path") is None and not is_tuning
+            tuners = [x for x in trainer.callbacks if is_lightnings(type(x).on_fit_start, *TUNERS)]
+            is_ours = values.get("ckpt_path") is None and not tuners
             ours.rolling = Rolling(path, seconds) if is_ours else None
             if is_ours and is_complete(path):
                 values.update(ckpt_path=path, weights_only=False)  # we trust it
@@ -384,7 +378,7 @@ def callback_of(trainer: Any, directory: Path) -> Any:
     """The Trainer's FaultToleranceCallback, of whatever copy of this module, or a new one."""
     callbacks, keepers = trainer.callbacks, trainer.checkpoint_callbacks
     for callback in callbacks:
-        if FaultToleranceCallback.__name__ in [kind.__name__ for kind in type(callback).__mro__]:
+        if FaultToleranceCallback.__name__ in str(type(callback).__mro__):
             return callback
     ours = FaultToleranceCallback(True, calculate_timeouts=True, exp_dir=directory)
     place = callbacks.index(keepers[0]) if keepers else len(callbacks)  # Lightning's order
@@ -811,9 +805,10 @@ class FaultToleranceCallback(pl.Callback):
             text = 'saved %s, where ckpt_path="last" resumes'
         else:
             return "nothing saved: there is no ModelCheckpoint"
-        self._fit.is_saving = True
+        within, self._fit.is_saving = self._within, True
         trainer.save_checkpoint(path, weights_only=False)
         self._fit.is_saving, self._fit.saved_at = False, time.monotonic()
+        self._be_in(self._phase, within)  # hooks of others follow
         return text % path
 
     def _stop(self, trainer: pl.Trainer, by: str, is_amid: bool) -> None:

@@ -130,6 +130,7 @@ ENDED = "ft_ended"  # with a node's number: how the attempt ended there
 COUNT = "ft_count"  # of the nodes where it has
 JUDGES = "ft_judges"  # number of nodes that would not wait longer for the others
 VERDICT = "ft_verdict"  # how it ended on all nodes
+SPEAKERS = "ft_speakers"  # number of nodes that know; the first tells others than nodes
 RENAMED = {  # NVIDIA's flags
     "--fault-tol-cfg-path": "--ft-cfg-path",
     "--term-timeout": "--shutdown-timeout",
@@ -467,7 +468,7 @@ class FaultToleranceAgent(LocalElasticAgent):
                     if store.add(JUDGES, 1) == 1:
                         self._judge(store)
                     break
-                time.sleep(0.1)
+                time.sleep(0.2)
             return json.loads(store.get(VERDICT))
 
         values = self._shared(wait)
@@ -648,10 +649,10 @@ class FaultToleranceAgent(LocalElasticAgent):
     def _spread(self, incident: Incident, text: str, is_over: bool) -> None:
         """One node does so for all."""
         job, before, self._suspect = self._job, self._suspect, incident.host
-        group: Any = self._worker_group
-        if group.group_rank != 0:
+        if self._shared(lambda store: store.add(SPEAKERS, 1)) not in (1, None):
             return
-        if before == incident.host != "" and not is_over and group.group_world_size != 1:
+        has_others = self._worker_group.group_world_size != 1
+        if before == incident.host != "" and has_others and not is_over:
             write_beside_flag(job, "bad_nodes", "a", f"twice in a row: {incident.why}", before)
         if job.hook:
             call_hook(job.hook, {**dataclasses.asdict(incident), "text": text})

@@ -178,6 +178,27 @@ def test_there_is_a_moment_to_save_in_every_training(
     assert trainer.global_step == steps
 
 
+def test_a_rank_that_does_not_write_leaves_the_section_of_the_save_with_it(
+    new_run: Run, tmp_path: Path
+) -> None:
+    """Hooks of the script may follow, and hang."""
+
+    class Second(SingleDeviceStrategy):
+        is_global_zero = property(lambda self: False)
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            (callback,) = ours(trainer)
+            callback._save(trainer)
+            seen.append(set(callback._client.open_sections))
+
+    seen: list[set[str]] = []
+    new_run()
+    strategy = Second(torch.device("cpu"))
+    make_trainer(tmp_path, Look(), strategy=strategy, max_steps=3).fit(Model())
+    assert seen == [{"first_batch"}, set(), set()]
+
+
 def test_the_trainer_of_the_other_package_resumes_too(new_run: Run, tmp_path: Path) -> None:
     from pytorch_lightning.demos.boring_classes import BoringModel as Other
 
@@ -235,7 +256,7 @@ def test_a_script_that_names_a_checkpoint_is_given_that_one_and_a_search_is_no_t
     trainer = make_trainer(tmp_path, ModelCheckpoint(tmp_path / "own", save_last=True))
     trainer.fit(Model(), ckpt_path="last")
     own = tmp_path / "own" / "last.ckpt"
-    assert f"training resumes from {own}, saved every 1 epoch" in caplog.text
+    assert f"training resumes from {own}, saved every 1 epoch(s)" in caplog.text
     model = Model()
     trainer = make_trainer(tmp_path, max_epochs=3)
     trainer.fit(model, ckpt_path=own)

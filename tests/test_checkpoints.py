@@ -90,6 +90,7 @@ def sizes_in(directory: Path) -> dict[str, int]:
     return sizes
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("other_file_system")
 def test_kills_in_the_middle_of_saves_leave_a_checkpoint_that_is_the_last_or_newer(
     tmp_path: Path,
@@ -106,6 +107,7 @@ def test_kills_in_the_middle_of_saves_leave_a_checkpoint_that_is_the_last_or_new
     assert in_the_middle >= 3, "hardly any save was interrupted: this has shown nothing"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("other_file_system")
 def test_such_kills_destroy_what_lightning_writes(tmp_path: Path) -> None:
     """Otherwise the test above shows nothing, or Lightning has mended it."""
@@ -709,8 +711,8 @@ def test_a_last_checkpoint_that_no_restart_can_resume_from_is_told_at_the_start(
 @pytest.mark.parametrize(
     ("path", "keeper", "line"),
     [
-        ("last", {"every_n_epochs": 2}, "resumes from {last}, saved every 2 epochs"),
-        ("last", {"every_n_train_steps": 1}, "resumes from {last}, saved every 1 step"),
+        ("last", {"every_n_epochs": 2}, "resumes from {last}, saved every 2 epoch(s)"),
+        ("last", {"every_n_train_steps": 1}, "resumes from {last}, saved every 1 step(s)"),
         (
             None,
             {},

@@ -459,7 +459,7 @@ def test_two_launchers_at_once_with_default_flags_each_run_a_world_of_their_own(
     assert run_dir.parent.parent == temporary and run_dir.stat().st_mode & 0o777 == 0o700
     found = {path.name for path in run_dir.iterdir()}
     table = {name.replace("_<n>", "_0").rstrip("/") for name in documented("Files in FT_RUN_DIR")}
-    assert found == table - {"health_check"}
+    assert found == table - {"health_check", "plugin"}
     files = {path.name for path in (run_dir / "attempt_0").iterdir()}
     assert files == {"rank0.json", "rank1.json"}
     assert ft_monitor.FaultToleranceConfig.from_mapping(json.loads(ranks["a_0"]["FT_CONFIG"]))

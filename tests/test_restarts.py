@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import test_launcher
 import torch.distributed
-from conftest import Started, processes_with, wait_until
+from conftest import ROOT, Started, processes_with, wait_until
 from test_launcher import Launch, endings, gone_within, our_lines, read_reports, wait_for_ranks
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
@@ -327,6 +327,26 @@ def test_a_health_check_always_has_an_answer_and_leaves_nothing(
     assert "did not end within" in (check(f"{daemon} sleep 1000; true") or "")
 
 
+def test_the_example_of_a_health_check_names_each_fault_with_its_remedy(
+    start: Callable[..., Started], tmp_path: Path
+) -> None:
+    def check(ecc: str, **settings: str) -> tuple[int, str]:
+        smi = f"#!/bin/sh\ncase $1 in --list-gpus) echo 'GPU 0: x';; *) echo '0, {ecc}';; esac\n"
+        (tmp_path / "nvidia-smi").write_text(smi)
+        (tmp_path / "nvidia-smi").chmod(0o755)
+        path = f"{tmp_path}:{os.environ['PATH']}"
+        script = ROOT / "examples/node_check.sh"
+        checked = start([script, tmp_path / "new"], PATH=path, **settings)
+        return checked.wait(20), checked.output
+
+    assert check("[N/A]", PYTHON="true") == (0, "")
+    status, text = check("3", PYTHON="false", MIN_FREE_GB="999999", MIN_SHM_MB="99999999")
+    assert status == 1
+    for fault in ("GB are free in", "MB are free in", "ECC errors on GPU", "matrix product fails"):
+        assert re.search(f"^.*{fault}.*: .*", text, re.MULTILINE), text
+    assert list((tmp_path / "new").iterdir()) == []
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_launcher_that_is_ended_during_a_health_check_leaves_nothing_of_it(
     job: Launch, tmp_path: Path, number: int
@@ -374,7 +394,7 @@ def test_a_host_with_the_suspect_twice_in_a_row_is_bad_where_there_are_others(
     def bad(nodes: int, *hosts: str, is_over: bool = False) -> list[str]:
         agent: Any = ft_launcher.FaultToleranceAgent.__new__(ft_launcher.FaultToleranceAgent)
         agent._job, agent._suspect = ft_launcher.Job(tmp_path, config, log, RestartPolicy(3)), ""
-        agent._worker_group = SimpleNamespace(group_rank=0, group_world_size=nodes)
+        agent._worker_group = SimpleNamespace(group_world_size=nodes)
         path = tmp_path / "finished.bad_nodes"
         path.write_text("")
         for host in hosts:

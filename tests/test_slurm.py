@@ -839,40 +839,51 @@ def wait_for_training(directory: Path) -> None:
     wait_until(lambda: "rank: begins at 0" in output(directory), 60, "a rank")
 
 
-@pytest.mark.parametrize("prefix", ["", "srun --kill-on-bad-exit=0"], ids=["script", "step"])
 def test_scancel_lets_a_rank_save_and_the_next_submission_resume(
-    slurm: Slurm, directory: Path, prefix: str
+    slurm: Slurm, directory: Path
 ) -> None:
-    script = write_training(directory, "-t 5", prefix)
-    job = slurm.submit(directory, str(script))
-    wait_for_training(directory)
-    slurm.call("scancel", job)
+    """A rank of the job script, and one of a step."""
+    scripts = {}
+    for name, prefix in {"script": "", "step": "srun --kill-on-bad-exit=0"}.items():
+        path = directory / name
+        path.mkdir()
+        scripts[path] = str(write_training(path, "-t 5", prefix))
+    jobs = [slurm.submit(path, script) for path, script in scripts.items()]
+    for path in scripts:
+        wait_for_training(path)
+    slurm.call("scancel", *jobs)
     slurm.wait_empty(30)
-    saved = (directory / "checkpoint").read_text()
-    assert story(directory) == ["begins at 0", "got SIGTERM", f"saved {saved}"], output(directory)
-    slurm.submit(directory, str(script))
+    for path, script in scripts.items():
+        saved = (path / "checkpoint").read_text()
+        assert story(path) == ["begins at 0", "got SIGTERM", f"saved {saved}"], output(path)
+        slurm.submit(path, script)
     slurm.wait_empty()
-    assert story(directory)[3:] == [f"begins at {saved}"]
-    assert (directory / "ft_finished.flag").exists(), output(directory)
+    for path in scripts:
+        saved = (path / "checkpoint").read_text()
+        assert story(path)[3:] == [f"begins at {saved}"]
+        assert (path / "ft_finished.flag").exists(), output(path)
 
 
-@pytest.mark.parametrize(
-    ("partition", "prefix"), [("grace_requeue", "srun --kill-on-bad-exit=0"), ("grace_cancel", "")]
-)
-def test_a_preempted_rank_saves_and_is_resumed(
-    slurm: Slurm, directory: Path, partition: str, prefix: str
-) -> None:
+def test_a_preempted_rank_saves_and_is_resumed(slurm: Slurm, directory: Path) -> None:
     """After the GraceTime. At its begin, SLURM ends steps, but not the job script."""
-    script = write_training(directory, f"-t 5 -p {partition} -w n1 --exclusive", prefix)
-    slurm.submit(directory, str(script))
-    wait_for_training(directory)
-    urgent = ["-p", "urgent", "-w", "n1", "--exclusive", "-o", "/dev/null", "--wrap"]
-    slurm.submit(directory, *urgent, "sleep 0.5")
+    cases = {"grace_requeue": ("n1", "srun --kill-on-bad-exit=0"), "grace_cancel": ("n2", "")}
+    for partition, (node, prefix) in cases.items():
+        path = directory / partition
+        path.mkdir()
+        script = write_training(path, f"-t 5 -p {partition} -w {node} --exclusive", prefix)
+        slurm.submit(path, str(script))
+    for partition in cases:
+        wait_for_training(directory / partition)
+    for node, _ in cases.values():
+        urgent = ["-p", "urgent", "-w", node, "--exclusive", "-o", "/dev/null", "--wrap"]
+        slurm.submit(directory, *urgent, "sleep 0.5")
     slurm.wait_empty()
-    saved = (directory / "checkpoint").read_text()
-    expected = ["begins at 0", "got SIGTERM", f"saved {saved}", f"begins at {saved}"]
-    assert story(directory) == expected, output(directory)
-    assert (directory / "ft_finished.flag").exists(), output(directory)
+    for partition in cases:
+        path = directory / partition
+        saved = (path / "checkpoint").read_text()
+        expected = ["begins at 0", "got SIGTERM", f"saved {saved}", f"begins at {saved}"]
+        assert story(path) == expected, output(path)
+        assert (path / "ft_finished.flag").exists(), output(path)
 
 
 def test_a_time_limit_and_the_signal_before_it_are_survived(slurm: Slurm, directory: Path) -> None:
