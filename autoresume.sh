@@ -188,8 +188,9 @@ exclude_bad_nodes() {
     [[ $line =~ '"time": "'([^\"]*)'", "host": "'([^\"]*) && ${BASH_REMATCH[1]} > $since ]] &&
       [[ " ${bad[*]} " != *" ${BASH_REMATCH[2]} "* ]] && bad+=("${BASH_REMATCH[2]}")
   done
-  say "bad nodes: ${bad[*]:-none}; job $continuation does without ${bad[*]:0:most}," \
-    "at most $most of $total: see $flag.bad_nodes"
+  ((${#bad[@]})) || return 0
+  say "bad nodes: ${bad[*]}; job $continuation does without the newest, at most $most of $total:" \
+    "see $flag.bad_nodes"
   bad=("${bad[@]:0:most}" ${excluded:+"$excluded"})
   printf -v line '%s,' "${bad[@]}"
   scontrol update "JobId=$continuation" "ExcNodeList=${line%,}"

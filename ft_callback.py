@@ -272,9 +272,7 @@ def given_to_fit(trainer: pl.Trainer) -> dict[str, Any]:
     return given
 
 
-def obstacles(
-    trainer: pl.Trainer, given: Mapping[str, Any], rolling: Rolling | None
-) -> Iterator[str]:
+def obstacles(trainer: pl.Trainer, given: Mapping[str, Any], rolling: Path | None) -> Iterator[str]:
     """What will keep restarts from resuming, and the line to change. On all ranks."""
     if rolling is not None:
         return
@@ -299,10 +297,10 @@ def obstacles(
                 yield f"{callback.config_filename} would exist already: {OVERWRITE}"
 
 
-def resumes_from(trainer: pl.Trainer, given: Mapping[str, Any], rolling: Rolling | None) -> str:
+def resumes_from(trainer: pl.Trainer, given: Mapping[str, Any], rolling: Path | None) -> str:
     """Where a restart resumes, if there are no obstacles, and how often that is saved."""
     if rolling is not None:
-        return f"{rolling.path}, saved every {rolling.seconds / 60:g} minutes"
+        return f"{rolling}, saved every {save_minutes():g} minutes"
     keeper = last_keeper(trainer, is_kept=True)
     if given.get("ckpt_path") != "last" or keeper is None:
         return f"{given.get('ckpt_path')}, or what your script then gives"
@@ -327,14 +325,6 @@ def why_not_resumed(trainer: pl.Trainer, checkpoint: str, given: Mapping[str, An
 # ------------------------------------------------------------------------------------ --ft-auto
 
 
-@dataclasses.dataclass(frozen=True)
-class Rolling:
-    """A fit's own checkpoint, written again and again."""
-
-    path: Path
-    seconds: float  # from one save to the next
-
-
 def follow_every_fit() -> list[Any]:
     """What Lightning calls for each new Trainer, by the entry point of ft_launcher --ft-auto. Ours
     is added not here, but by `fit`: Lightning has no hook before it chooses what to load."""
@@ -350,7 +340,6 @@ def resuming(fit: Callable[..., None], directory: Path) -> Callable[..., None]:
     """Trainer.fit with our callback, which resumes where the script names no checkpoint. Fits are
     told apart by their model's class and, for each, by their order."""
     signature, fits = inspect.signature(fit), collections.Counter[str]()
-    seconds = 60 * float(os.environ["FT_AUTO_SAVE_MINUTES"])
 
     @functools.wraps(fit)
     def fit_and_resume(trainer: Any, *args: Any, **kwargs: Any) -> None:
@@ -363,7 +352,7 @@ def resuming(fit: Callable[..., None], directory: Path) -> Callable[..., None]:
             ours = callback_of(trainer, directory)
             tuners = [x for x in trainer.callbacks if is_lightnings(type(x).on_fit_start, *TUNERS)]
             is_ours = values.get("ckpt_path") is None and not tuners
-            ours.rolling = Rolling(path, seconds) if is_ours else None
+            ours.rolling = path if is_ours else None
             if is_ours and is_complete(path):
                 values.update(ckpt_path=path, weights_only=False)  # we trust it
                 for callback in trainer.callbacks:
@@ -372,6 +361,10 @@ def resuming(fit: Callable[..., None], directory: Path) -> Callable[..., None]:
         fit(*given.args, **given.kwargs)
 
     return fit_and_resume
+
+
+def save_minutes() -> float:
+    return float(os.environ["FT_AUTO_SAVE_MINUTES"])
 
 
 def callback_of(trainer: Any, directory: Path) -> Any:
@@ -438,7 +431,7 @@ class FaultToleranceCallback(pl.Callback):
     """
 
     has_trained: ClassVar[bool] = False  # this process: another fit may well start at step 0
-    rolling: Rolling | None = None  # this fit's, under --ft-auto
+    rolling: Path | None = None  # under --ft-auto, what this fit saves again and again
 
     def __init__(
         self,
@@ -458,7 +451,7 @@ class FaultToleranceCallback(pl.Callback):
         self.logger = logging.getLogger(logger_name)
         self._client = RankMonitorClient()
         self._phase: str | None = None  # the section that the Trainer is in, if it is in one
-        self._within: str | None = None  # a section within that
+        self._inner: str | None = None  # a section within that
         self._fit = Fit()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -519,7 +512,7 @@ class FaultToleranceCallback(pl.Callback):
         self._be_in(FIRST_BATCH)
 
     def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
-        if self._within is not None:  # for which there was no hook at its end
+        if self._inner is not None:  # for which there was no hook at its end
             self._be_in(self._phase)
 
     on_train_epoch_end = on_sanity_check_end = on_train_batch_start
@@ -636,10 +629,10 @@ class FaultToleranceCallback(pl.Callback):
                 self.logger.exception("exc_handling_policy failed")
         self._be_in(AFTER_TRAINING)  # the script may handle it, and go on
 
-    def _be_in(self, phase: str | None, within: str | None = None) -> None:
+    def _be_in(self, phase: str | None, inner: str | None = None) -> None:
         """Be in this section or one within it, and in no other; if already in it, again."""
-        self._phase, self._within = phase, within
-        client, section = self._client, within or phase
+        self._phase, self._inner = phase, inner
+        client, section = self._client, inner or phase
         if not client.is_initialized:
             return
         if section in client.open_sections:
@@ -705,7 +698,7 @@ class FaultToleranceCallback(pl.Callback):
         try:
             progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
             step = progress["total"]["processed"]
-            if self.rolling is not None and str(path) != str(self.rolling.path):
+            if self.rolling is not None and str(path) != str(self.rolling):
                 return  # restarts do not resume there
             if step > 0 and "optimizer_states" in checkpoint:
                 self._client.report_saved(step, where)
@@ -767,8 +760,8 @@ class FaultToleranceCallback(pl.Callback):
         is_late = by in ("SIGTERM", "SIGINT") and now - fit.asked_at > grace / 2
         rate = fit.stride / (now - fit.asked_at + 1e-3)
         stride = min(int(rate * STOP_CHECK_SECONDS), STOP_CHECK_BATCHES, 2 * fit.stride)
-        every = self.rolling.seconds if self.rolling and trainer.is_global_zero else math.inf
-        is_due = now > fit.saved_at + every
+        is_due = trainer.is_global_zero and self.rolling is not None
+        is_due = is_due and now > fit.saved_at + 60 * save_minutes()
         answer = [by is not None, is_due, is_late, not is_same, stride]
         answers = torch.tensor(answer, device=strategy.root_device)
         stopping, due, late, unlike, strides = strategy.reduce(answers, reduce_op="sum").tolist()
@@ -798,17 +791,17 @@ class FaultToleranceCallback(pl.Callback):
         """For a next run to resume there; what it is, in words."""
         keeper, io = last_keeper(trainer), cast(Any, trainer.strategy.checkpoint_io)
         if self.rolling is not None:
-            io.dispensable = "" if is_needed else str(self.rolling.path)
-            path, text = str(self.rolling.path), "saved %s, where the next run resumes"
+            io.dispensable = "" if is_needed else str(self.rolling)
+            path, text = str(self.rolling), "saved %s, where the next run resumes"
         elif keeper is not None:  # which in a next run, too, writes there and not beside it
             path = keeper.last_model_path = last_path(trainer, keeper)
             text = 'saved %s, where ckpt_path="last" resumes'
         else:
             return "nothing saved: there is no ModelCheckpoint"
-        within, self._fit.is_saving = self._within, True
+        inner, self._fit.is_saving = self._inner, True
         trainer.save_checkpoint(path, weights_only=False)
         self._fit.is_saving, self._fit.saved_at = False, time.monotonic()
-        self._be_in(self._phase, within)  # hooks of others follow
+        self._be_in(self._phase, inner)  # hooks of others follow
         return text % path
 
     def _stop(self, trainer: pl.Trainer, by: str, is_amid: bool) -> None:

@@ -61,7 +61,7 @@ if HERE not in sys.path:  # as with python -P
 import ft_monitor
 from ft_monitor import (
     FLAG_VARIABLE,
-    PASSED_ON_SIGNALS,
+    USER_SIGNALS,
     ConfigError,
     End,
     FaultToleranceConfig,
@@ -76,7 +76,7 @@ from ft_monitor import (
 
 def ignore_user_signals() -> None:
     """Schedulers send them to every process, and by default they end it."""
-    for number in PASSED_ON_SIGNALS:
+    for number in USER_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -128,9 +128,9 @@ OVER = "ft_over"  # the job is, and why; empty where restarts are used up
 AGAIN = "ft_again"  # a node has failed or left: all start again
 ENDED = "ft_ended"  # with a node's number: how the attempt ended there
 COUNT = "ft_count"  # of the nodes where it has
-JUDGES = "ft_judges"  # number of nodes that would not wait longer for the others
+JUDGES = "ft_judges"  # number of nodes that would not wait longer; the first judges
 VERDICT = "ft_verdict"  # how it ended on all nodes
-SPEAKERS = "ft_speakers"  # number of nodes that know; the first tells others than nodes
+SPEAKERS = "ft_speakers"  # number of nodes that know it; the first tells the world
 RENAMED = {  # NVIDIA's flags
     "--fault-tol-cfg-path": "--ft-cfg-path",
     "--term-timeout": "--shutdown-timeout",
@@ -502,7 +502,7 @@ class FaultToleranceAgent(LocalElasticAgent):
         self._tell_of(Evidence(Outcome.FAILED, lost))  # until it is told better
         ignore_user_signals()  # and so do the monitors, until they have handlers
         ids = super()._start_workers(worker_group)
-        for number in PASSED_ON_SIGNALS:
+        for number in USER_SIGNALS:
             if signal.getsignal(number) == signal.SIG_IGN:  # not one of --signals-to-handle
                 signal.signal(number, self._signal)
         pcontext: Any = self._pcontext
@@ -568,7 +568,7 @@ class FaultToleranceAgent(LocalElasticAgent):
     ) -> None:
         """Called at the end alone: stop workers that still run."""
         # From here every wait is bounded, and more signals would only leave workers behind.
-        for number in (*ft_monitor.STOP_SIGNALS, *PASSED_ON_SIGNALS):
+        for number in (*ft_monitor.STOP_SIGNALS, *USER_SIGNALS):
             signal.signal(number, signal.SIG_IGN)
         log, state = self._job.log, self._worker_group.state
         if state == WorkerState.HEALTHY and self._well is None:
@@ -587,7 +587,7 @@ class FaultToleranceAgent(LocalElasticAgent):
             outcome = Outcome.ELSEWHERE if state == WorkerState.FAILED else Outcome.WELL
             self._note(self._incident(self._gather(outcome)))
         incidents = ft_monitor.read_incidents(self._job.run_dir)
-        if len(incidents) > 1 or any(x.outcome == Outcome.FAILED for x in incidents):
+        if len(incidents) > 1:  # of one, its verdict tells all
             log.info("%s", ft_monitor.render_report(incidents))
 
     def _gather(self, outcome: Outcome) -> Evidence:
@@ -647,7 +647,7 @@ class FaultToleranceAgent(LocalElasticAgent):
             self._job.log.warning("cannot write down how the attempt ended: %s", problem)
 
     def _spread(self, incident: Incident, text: str, is_over: bool) -> None:
-        """One node does so for all."""
+        """Beyond the nodes, which one does for all."""
         job, before, self._suspect = self._job, self._suspect, incident.host
         if self._shared(lambda store: store.add(SPEAKERS, 1)) not in (1, None):
             return

@@ -107,7 +107,7 @@ PARENT_DIED = signal.SIGURG  # ignored by default, so a stray one is harmless
 PEER_FAILED = signal.SIGABRT
 STACKS_SIGNAL = signal.SIGRTMAX - 7  # of no runtime that we know: Go's is SIGURG, Java's SIGQUIT
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-PASSED_ON_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
+USER_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)  # a monitor passes them on
 SAVE_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # to a rank: save, and end
 
 FLAG_VARIABLE = "FAULT_TOL_FINISHED_FLAG_FILE"
@@ -1223,7 +1223,7 @@ AWAITED = {  # what a rank has not done while a clock runs
     OUT_OF_SECTION: "outside of all sections",
     EXIT: "no end of the process after the script's",
 }
-SIGNALS = (*STOP_SIGNALS, *PASSED_ON_SIGNALS, PEER_FAILED, PARENT_DIED, signal.SIGCHLD)
+TAKEN_SIGNALS = (*STOP_SIGNALS, *USER_SIGNALS, PEER_FAILED, PARENT_DIED, signal.SIGCHLD)
 
 
 class RankMonitor:
@@ -1285,7 +1285,7 @@ class RankMonitor:
         """Sleep until there may be something to do, and do it."""
         now = time.monotonic()
         wake_at = min(self._wake_at(), now + READ_SECONDS)
-        arrived = signal.sigtimedwait(SIGNALS, max(0.0, wake_at - now))
+        arrived = signal.sigtimedwait(TAKEN_SIGNALS, max(0.0, wake_at - now))
         now = time.monotonic()
         if now > wake_at + SUSPENDED_SECONDS and self.report.reason is None:
             self.log.warning("woke %.1f s late: suspended", now - wake_at)
@@ -1353,7 +1353,7 @@ class RankMonitor:
             reason = f"stopped by {signal.Signals(number).name}"
             number = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
             self._end(End.STOPPED, reason, number, self.grace)
-        elif number in PASSED_ON_SIGNALS:
+        elif number in USER_SIGNALS:
             send(self.pid, number)
         elif number == PEER_FAILED and not is_stopped_next:  # whose grace is to win
             self._end(End.PEER_FAILED, "its peer failed", 0, patience)
@@ -1500,7 +1500,7 @@ def hold_signals() -> None:
     """Let signals wait until they are taken, but for those that nohup ignores."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it would lose exit statuses
     ignored = [number for number in STOP_SIGNALS if signal.getsignal(number) == signal.SIG_IGN]
-    signal.pthread_sigmask(signal.SIG_BLOCK, {*SIGNALS} - {*ignored})
+    signal.pthread_sigmask(signal.SIG_BLOCK, {*TAKEN_SIGNALS} - {*ignored})
 
 
 def become_rank(command: list[str], environment: Mapping[str, str]) -> NoReturn:
@@ -1512,9 +1512,9 @@ def become_rank(command: list[str], environment: Mapping[str, str]) -> NoReturn:
             os._exit(1)
         for number in (signal.SIGPIPE, signal.SIGXFSZ):  # which Python ignores
             signal.signal(number, signal.SIG_DFL)
-        for number in PASSED_ON_SIGNALS:  # which schedulers send to everyone
+        for number in USER_SIGNALS:  # which schedulers send to everyone
             signal.signal(number, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, TAKEN_SIGNALS)
         os.execvpe(command[0], command, environment)
     except OSError as error:
         os.write(2, f"[ft_monitor] cannot start {command[0]!r}: {error.strerror}\n".encode())

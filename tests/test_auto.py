@@ -145,8 +145,12 @@ def test_a_stop_saves_there_and_the_next_run_resumes_at_that_step(
     assert [(m["step"], m["checkpoint"]) for m in saved] == [(1, str(path))]
     new_run()
     model = Model()
-    make_trainer(tmp_path, keeper).fit(model, None)
+    trainer: Any = make_trainer(tmp_path, keeper)
+    trainer.fit(model, None)
     assert model.seen == [1, 2, 3, 0, 1, 2, 3]
+    assert trainer.callbacks[-1] is keeper, "Lightning saves with the state of all others"
+    saved = [message for message in monitor() if message["type"] == "saved"]
+    assert {m["checkpoint"] for m in saved} == {str(path)}, "no restart would resume elsewhere"
 
 
 @pytest.mark.parametrize(

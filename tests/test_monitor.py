@@ -1187,7 +1187,7 @@ def test_the_tables_of_the_head_are_those_of_the_code() -> None:
     rows = " ".join(table("How a rank is ended"))
     for numbers in (
         ft_monitor.STOP_SIGNALS,
-        ft_monitor.PASSED_ON_SIGNALS,
+        ft_monitor.USER_SIGNALS,
         [ft_monitor.PEER_FAILED],
     ):
         assert ", ".join(signal.Signals(number).name for number in numbers) in rows

@@ -314,7 +314,9 @@ echo "$SLURMD_NODENAME" >>nodes
     first, *later = (directory / "nodes").read_text().split()
     assert len(later) == 2 and first not in later, output(directory)
     [told, *_] = re.findall(r"bad nodes: .*", output(directory))
-    what = f"bad nodes: {first}; job {jobs_of(directory)[1]} does without {first}, at most 1 of 2: "
+    what = (
+        f"bad nodes: {first}; job {jobs_of(directory)[1]} does without the newest, at most 1 of 2: "
+    )
     assert told.startswith(what)
     assert "warning" not in output(directory)
 
