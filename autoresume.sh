@@ -173,7 +173,7 @@ find_arguments() {
   done
 }
 
-# Let the next job do without the nodes found bad within a day, but for a quarter of its partition.
+# Let the next job do without nodes found bad within a day, at most a quarter of its partition.
 exclude_bad_nodes() {
   local bad=() line since total most info
   [[ -n $continuation && -z $keeps_bad_nodes && -s $flag.bad_nodes ]] && show "$continuation" ||

@@ -352,7 +352,7 @@ def resuming(fit: Callable[..., None], directory: Path) -> Callable[..., None]:
             ours = callback_of(trainer, directory)
             tuners = [x for x in trainer.callbacks if is_lightnings(type(x).on_fit_start, *TUNERS)]
             is_ours = values.get("ckpt_path") is None and not tuners
-            ours.rolling = path if is_ours else None
+            ours.autoresume, ours.rolling = True, path if is_ours else None
             if is_ours and is_complete(path):
                 values.update(ckpt_path=path, weights_only=False)  # we trust it
                 for callback in trainer.callbacks:
@@ -454,14 +454,11 @@ class FaultToleranceCallback(pl.Callback):
         self._inner: str | None = None  # a section within that
         self._fit = Fit()
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Any, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
         if not {"FT_MONITOR_FD", FLAG_VARIABLE} & os.environ.keys():  # in a debugger, or a notebook
-            callbacks = cast(Any, trainer).callbacks
-            cast(Any, trainer).callbacks = [
-                callback for callback in callbacks if callback is not self
-            ]
+            trainer.callbacks = [callback for callback in trainer.callbacks if callback is not self]
             if trainer.is_global_zero:
                 self.logger.warning("not started by ft_launcher: FaultToleranceCallback is off")
             return

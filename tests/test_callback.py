@@ -1082,8 +1082,8 @@ def test_a_random_fault_hits_one_rank_on_which_all_agree_and_another_in_other_at
     class Timer:
         """In the place of threading.Timer: never rings."""
 
-        def __init__(self, delay: float, function: Any, arguments: Any) -> None:
-            self.delay, self.signal = delay, arguments[1]
+        def __init__(self, delay: float, function: Callable[[], None]) -> None:
+            self.delay, self.function = delay, function
 
         def start(self) -> None:
             timers.append(self)
@@ -1091,6 +1091,7 @@ def test_a_random_fault_hits_one_rank_on_which_all_agree_and_another_in_other_at
     monkeypatch.setattr(ft_callback.threading, "Timer", Timer)
     params = SimulatedFaultParams("random", base_delay=10, rand_delay=5)
     hit, signals = set(), set()
+    monkeypatch.setattr(ft_callback.os, "kill", lambda pid, number: signals.add(number))
     for attempt in range(20):
         monkeypatch.setenv("MASTER_PORT", str(20000 + attempt))
         for rank in range(4):
@@ -1101,7 +1102,7 @@ def test_a_random_fault_hits_one_rank_on_which_all_agree_and_another_in_other_at
             hit |= {rank} if len(timers) > before else set()
         assert len(timers) == attempt + 1
         assert 10 <= timers[-1].delay < 15
-        signals.add(timers[-1].signal)
+        timers[-1].function()
     assert len(hit) > 1 and signals == {signal.SIGKILL, signal.SIGSTOP}
 
 
@@ -1469,7 +1470,7 @@ make_trainer(name=f"rank{RANK}").fit(BoringModel(), ckpt_path="last")
     started = different.run(ranks=2)
     assert started.wait() == 1
     assert "RuntimeError: rank 1 starts at step 0, rank 0 at 4: give Model" in started.output
-    assert "(dirpath=...) a directory that all nodes share" in started.output
+    assert "(dirpath=...), or --ft-auto-dir, a directory that all nodes share" in started.output
 
 
 def test_ranks_with_unequal_data_are_found_before_the_first_save(job: Callable[[str], Job]) -> None:
