@@ -91,6 +91,10 @@ else:
 SETUP, RESUME, FIRST_BATCH = "setup", "resume", "first_batch"
 EPOCH_TURN, VALIDATION = "epoch_turn", "validation"
 AWAITING, FINISHING = "awaiting_checkpoint", "finishing"
+SECTIONS = {
+    SETUP, RESUME, FIRST_BATCH, EPOCH_TURN, VALIDATION, CHECKPOINTING, AWAITING, FINISHING,
+    AFTER_TRAINING,
+}  # fmt: skip
 TUNERS = "LearningRateFinder.on_fit_start", "BatchSizeFinder.on_fit_start"
 KEEP_LAST = "give ModelCheckpoint(save_last=True)"
 COMPLETE = "ft_complete"  # in a checkpoint: why there is nothing left to train
@@ -665,6 +669,10 @@ class FaultToleranceCallback(pl.Callback):
                 "no timeout is set, so no hang would be noticed: give calculate_timeouts=True, or "
                 "ft_launcher --ft-rank-heartbeat-timeout=SECONDS"
             )
+        unknown = config.rank_section_timeouts.keys() - SECTIONS
+        if unknown and trainer.is_global_zero:
+            text = "rank_section_timeouts: there is no section %s, but %s"
+            self.logger.warning(text, ", ".join(sorted(unknown)), ", ".join(sorted(SECTIONS)))
 
     def _put_checkpoint_io(self, trainer: pl.Trainer) -> None:
         """Ours in the place of Lightning's; whoever has chosen another keeps it."""

@@ -15,6 +15,8 @@ Environment, from the launcher; the last three from the monitor
     FT_ATTEMPT           0, 1, 2 ...: how often workers were started
     FT_LAUNCHER_PID      process whose death ends the rank; by default the parent
     FT_SHUTDOWN_TIMEOUT  seconds that a stopped rank has to end
+    FT_AUTO              directory of --ft-auto's checkpoints
+    FT_AUTO_SAVE_MINUTES from one of them to the next
     RANK                 the rank's number; or SLURM_PROCID, or 0
     FT_MONITOR_PID       its process
     FT_MONITOR_FD        its file descriptor for the pipe's write end

@@ -35,6 +35,7 @@ from lightning.pytorch.callbacks import (
     OnExceptionCheckpoint,
 )
 from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.tuner import Tuner
 from pytorch_lightning.callbacks import ModelCheckpoint as ModelCheckpointOfPytorchLightning
@@ -996,6 +997,44 @@ def test_without_a_launcher_it_is_off_with_one_warning(
     trainer.fit(Model())
     assert trainer.global_step == 6 and (tmp_path / "checkpoints" / "last.ckpt").exists()
     assert caplog.text.count("not started by ft_launcher: FaultToleranceCallback is off") == 1
+
+
+def test_a_timeout_of_a_section_that_there_is_not_is_told(
+    flag: Path,
+    monitor: Heard,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = FaultToleranceConfig(rank_section_timeouts={"step": 60, "setup": 60})
+    monkeypatch.setenv("FT_CONFIG", config.to_json())
+    make_trainer(tmp_path, FaultToleranceCallback(autoresume=True), max_epochs=1).fit(Model())
+    (told,) = [line for line in caplog.messages if "rank_section_timeouts" in line]
+    assert "there is no section step, but after_training, " in told and ", validation" in told
+
+
+def test_rows_of_loggers_before_a_restart_are_kept_by_directories_of_their_own(
+    flag: Path, monitor: Heard, tmp_path: Path
+) -> None:
+    """And only so by CSVLogger: README tells."""
+
+    class Logs(Model):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.log("seen", float(batch_idx))
+            return super().training_step(batch, batch_idx)
+
+    def rows(version: int | None) -> int:
+        for _ in range(2):
+            logger = CSVLogger(tmp_path, version=version)
+            ours = FaultToleranceCallback(autoresume=True)
+            options: Any = {"logger": logger, "log_every_n_steps": 1, "limit_train_batches": 2}
+            make_trainer(tmp_path, ours, max_epochs=1, **options).fit(Logs())
+        files = tmp_path.glob("lightning_logs/*/metrics.csv")
+        return sum(len(file.read_text().splitlines()) - 1 for file in files)
+
+    all_rows = rows(version=None)
+    shutil.rmtree(tmp_path / "lightning_logs")
+    assert all_rows == 2 * rows(version=7) > 0
 
 
 def test_an_error_in_the_users_own_setup_is_the_one_shown(
