@@ -91,7 +91,8 @@ if __name__ == "__main__":  # before torch, whose import takes seconds
     if ft_monitor.asks_to_look(sys.argv[1:]):
         sys.exit(ft_monitor.show(sys.argv[1:]))
     if importlib.util.find_spec("torch") is None:
-        print(f"ft_launcher.py: error: {sys.executable} has no torch: activate its environment")
+        remedy = "activate its environment"
+        print(f"ft_launcher.py: error: {sys.executable} has no torch: {remedy}", file=sys.stderr)
         sys.exit(2)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # for this process alone
     ignore_user_signals()
@@ -150,6 +151,7 @@ class RestartPolicy:
     saved: int = -1  # step of the newest checkpoint
     step: int = -1  # the highest that any attempt reached
     error: str | None = None  # that ended the last attempt, see bug_of()
+    needs_connection: bool = False  # or else FLAG, which there is, would never be created
 
     def why_not(self, incident: Incident) -> str | None:
         """Why not to restart after this attempt; None to restart."""
@@ -161,13 +163,15 @@ class RestartPolicy:
         is_going = has_saved or (is_further and self.step >= 0 > self.saved)
         is_known = max(step, saved, self.step, self.saved) >= 0
         self.no_progress = self.no_progress + 1 if is_known and not is_going else 0
-        error, before = bug_of(incident.error), self.error
+        is_early = self.needs_connection and not incident.connected  # such as in an import
+        error, before = bug_of(incident.why if is_early else incident.error), self.error
         self.saved, self.step, self.error = max(saved, self.saved), max(step, self.step), error
         shutdown = requested(incident, WorkloadAction.ShutdownWorkload)
         if shutdown:
             return shutdown
         if error is not None and error == before and not (has_saved or is_further):
-            return f"a bug in the code, no new step and the same error again: {incident.error}"
+            told = incident.error or incident.why
+            return f"a bug in the code, no new step and the same error again: {told}"
         if not incident.requests and 0 < self.max_no_progress <= self.no_progress:
             return f"no progress, {self.no_progress} attempts in a row saved no new checkpoint"
         return None
@@ -804,7 +808,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Job, Any]:
         parser.error(" ".join(str(error).split()))
     if ignored:
         log.warning("ignoring what has no meaning here: %s", " ".join(ignored))
-    policy = RestartPolicy(args.ft_max_no_progress_cycles)
+    policy = RestartPolicy(args.ft_max_no_progress_cycles, needs_connection=flag is not None)
     flag = None if flag is None or os.path.exists(flag) else flag
     check = args.ft_node_health_check
     hook, run_id = args.ft_on_incident, launch[0].run_id

@@ -1560,7 +1560,7 @@ COMMUNICATION_ERROR = (
 # For re.search: what may go away by itself, and is not the code's fault.
 INFRASTRUCTURE_ERROR = (
     rf"{COMMUNICATION_ERROR}|\b(connection(\w*error)?|\w*timeout(error)?|timed? out|broken pipe|"
-    r"CUDA error|CUDNN\w*|ECC|Input/output|Stale file|No space|quota)\b"
+    r"CUDA error|CUDNN\w*|ECC|Input/output|Stale file|No space|quota|hung|SIGKILL)\b"
 )
 # What waits for other ranks: a file, a function, or a call of C code, which has no frame.
 WAITING = (

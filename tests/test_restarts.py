@@ -59,7 +59,9 @@ def ended(
     step: int | None = None, saved: int | None = None, error: str | None = None, *requests: Any
 ) -> Any:
     """An incident, as far as the policy looks at it."""
-    return SimpleNamespace(last_step=step, saved_step=saved, error=error, requests=requests)
+    return SimpleNamespace(
+        last_step=step, saved_step=saved, error=error, requests=requests, why=f"failed: {error}"
+    )
 
 
 def decisions(limit: int, *incidents: Any) -> list[str | None]:
@@ -138,6 +140,30 @@ def test_an_error_that_tells_of_other_numbers_is_the_same() -> None:
 def test_what_another_node_or_the_infrastructure_may_cause_is_not_a_bug(error: str) -> None:
     incidents = [ended(5, error=f"{error} (train.py:7 in step)")] * 3
     assert decisions(3, *incidents) == [None, None, STOP]
+
+
+@pytest.mark.parametrize(
+    ("why", "is_bug"),
+    [
+        ("ended with exit code 1", True),
+        ("ended by SIGKILL, which nobody here sent", False),
+        ("hung: no connection after process start for 3.0 s (limit 3 s, --ft-x)", False),
+    ],
+)
+def test_an_attempt_that_fails_twice_alike_before_it_connects_is_a_bug_where_it_must_connect(
+    why: str, is_bug: bool
+) -> None:
+    """As with an import that fails, whose text nobody tells us."""
+    incidents = [
+        SimpleNamespace(**{**vars(ended()), "connected": False, "why": f"rank 0 (pid {pid}) {why}"})
+        for pid in (812, 97)
+    ]
+    policy = RestartPolicy(9, needs_connection=True)
+    reasons = [policy.why_not(incident) for incident in incidents]  # type: ignore[arg-type]
+    assert reasons[0] is None and (reasons[1] is not None) == is_bug
+    if is_bug:
+        assert reasons[1] == f"{BUG}, no new step and the same error again: {incidents[1].why}"
+    assert decisions(9, *incidents) == [None, None], "where it need not, as under torchrun"
 
 
 @pytest.mark.parametrize("place", ["connection.py:7 in decode", "train.py:9 in set_timeout"])
