@@ -975,7 +975,7 @@ def check_end(job: Job) -> None:
     """Of workers that ended well. Raises GaveUp where the next run would not complete training."""
     if job.flag is None or job.is_complete():
         return
-    has_connected = any(x.connected for x in ft_monitor.read_incidents(job.run_dir)[-1:])
+    has_connected = any(x.connected for x in ft_monitor.read_incidents(job.run_dir))
     if not (has_connected or job.has_file(".stop")):  # which a script may have heeded by itself
         callback = "is FaultToleranceCallback among the Trainer's callbacks?"
         raise GaveUp(f"no rank told of training: {callback}")

@@ -15,8 +15,6 @@ Environment, from the launcher; the last three from the monitor
     FT_ATTEMPT           0, 1, 2 ...: how often workers were started
     FT_LAUNCHER_PID      process whose death ends the rank; by default the parent
     FT_SHUTDOWN_TIMEOUT  seconds that a stopped rank has to end
-    FT_AUTO              directory of --ft-auto's checkpoints
-    FT_AUTO_SAVE_MINUTES from one of them to the next
     RANK                 the rank's number; or SLURM_PROCID, or 0
     FT_MONITOR_PID       its process
     FT_MONITOR_FD        its file descriptor for the pipe's write end
@@ -914,7 +912,8 @@ class RankMonitorClient:
             bye()
 
         atexit.register(bye)
-        sys.excepthook = functools.partial(show_error, sys.excepthook)
+        if getattr(sys.excepthook, "func", None) is not show_error:
+            sys.excepthook = functools.partial(show_error, sys.excepthook)
         threading.Thread(target=wait, daemon=True, name="ft_monitor").start()
 
 

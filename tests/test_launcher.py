@@ -539,7 +539,7 @@ def test_the_files_work_when_copied_or_linked_and_whatever_is_on_the_path(
         said = f"WITH {vendored / 'ft_monitor.py'} 60.0 ['train it.py', 'one argument']"
         assert said in job.output, job.output
         (line,) = our_lines(job.output)
-        assert '"rank_heartbeat_timeout": 60.0, "safety_factor": 3.0, ' in line
+        assert '{"rank_heartbeat_timeout": 60.0, "safety_factor": 3.0}' in line
     assert list(read_reports(elsewhere / "the runs")) == ["attempt_0/rank0"]
 
 

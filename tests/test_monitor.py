@@ -676,14 +676,17 @@ def test_a_flag_that_cannot_be_created_is_said(watch: Watch) -> None:
     assert "cannot write" in watched.log[0] and "rank.py/flag" in watched.log[0]
 
 
-def test_a_client_touches_no_hook_and_a_forked_child_says_no_bye(watch: Watch) -> None:
+def test_a_client_touches_no_handler_and_a_forked_child_says_no_bye(watch: Watch) -> None:
     body = """
 def hooks():
     handlers = [signal.getsignal(number) for number in signal.valid_signals()]
-    return sys.excepthook, sys.exit, threading.excepthook, handlers
+    return sys.exit, threading.excepthook, handlers
 before = hooks()
 connect()
 assert hooks() == before
+show = sys.excepthook
+ft_monitor.RankMonitorClient().init_workload_monitoring()
+assert sys.excepthook is show  # one, however many clients
 if os.fork() == 0:
     raise ValueError("in the child")
 os.wait()

@@ -803,7 +803,7 @@ def test_what_cannot_be_shown_costs_one_line_and_exit_code_2(
         (line,) = captured.err.splitlines()
         return line.removeprefix("ft_launcher.py: error: ")
 
-    missing = run_dir / "attempt_2"
+    missing = run_dir / "attempt_2" / "below"
     for flag in ("--ft-status", "--ft-report"):
         assert said(flag, missing).startswith(f"no run found in {str(missing)!r}: give the dir")
     assert said("--ft-status", run_dir, "-w") == "unexpected '-w', expected --ft-status [RUN_DIR]"
