@@ -1268,6 +1268,7 @@ class RankMonitor:
     def _start(self, command: Sequence[str]) -> None:
         environment = {
             "PYTHONFAULTHANDLER": "1",  # a rank that crashes in C code leaves its stack
+            "TORCH_FR_DUMP_TEMP_FILE": evidence_path("nccl_"),  # of NCCL's flight recorder
             **os.environ,
             "FT_CONFIG": self.config.to_json(),
             "FT_MONITOR_PID": str(os.getpid()),
@@ -1489,7 +1490,7 @@ class Stacks:
             send(pid, signal.SIGCONT, os.killpg)  # a stopped process does not answer
         until = min(until, time.monotonic() + STACKS_SECONDS)
         while time.monotonic() < until:
-            time.sleep(0.001)  # they are written in one go, mostly quicker than this
+            time.sleep(0.0005)  # they are written in one go, mostly quicker than this
             before, size = size, os.fstat(self.descriptor).st_size
             if size == before > start or process_status(pid, "State")[:1] in "ZX":
                 break  # or it has ended meanwhile, as survivors do that hear of a peer's end

@@ -258,9 +258,10 @@ def measure_restart(launcher: list[str], case: str, samples: Samples) -> None:
         first, failure, interpreter, imports, again = [
             float((directory / file).read_text()) for file in files
         ]
-        samples[f"death to first step{case}, s"].append(again - failure)
         if not case:
             samples["start to first step, s"].append(first - start)
+        samples[f"death to first step{case}, s"].append(again - failure)
+        if not case:
             samples["... death to a new rank's first line, s"].append(interpreter - failure)
             samples["... import of torch, s"].append(imports - interpreter)
             samples["... process group and first all_reduce, s"].append(again - imports)

@@ -1102,6 +1102,7 @@ def test_a_rank_gets_the_configuration_and_the_rest_of_the_environment(start: St
     config = FaultToleranceConfig.from_mapping(json.loads(seen["FT_CONFIG"]))
     assert config == FaultToleranceConfig(startup_timeout=9, exit_timeout=8)
     assert (status, seen["OTHER"], seen["PYTHONFAULTHANDLER"]) == (0, "other", "1")
+    assert seen["TORCH_FR_DUMP_TEMP_FILE"].endswith("attempt_0/rank0.nccl_")
     assert "FT_LEARNED" not in seen
 
 
