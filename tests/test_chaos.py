@@ -102,7 +102,7 @@ VERDICTS = {
     "abort": r"rank {rank} \(pid \d+\) ended by SIGABRT",
     "monitor killed": r"rank {rank} \(pid \d+\) ended with its monitor",
     "launcher killed": "launcher was killed",
-    "SIGTERM": "stopped by SIGTERM",
+    "SIGTERM": "stopped by a signal",
     "FLAG.stop": "ended well",
 }
 
