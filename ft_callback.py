@@ -858,9 +858,7 @@ class Fit:
         self.is_asked = False  # to save, or to stop, at the next apt batch
         self.is_saving = False  # because of that
         self.saved_at = -math.inf  # monotonic: the first save comes soon, and shows if it can
-        self.complete: str | None = (
-            None  # why there was nothing left to train, as a checkpoint says
-        )
+        self.complete: str | None = None  # why nothing is left to train, as a checkpoint says
 
     def __reduce__(self) -> Any:
         return Fit, ()  # handlers may be anything

@@ -145,6 +145,31 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Started]]:
             pass
 
 
+# For scripts of tests: a state of its own, so that training resumes amid an epoch.
+LOADER = """
+from torch.utils.data import DataLoader
+
+class Loader(DataLoader):
+    start = done = 0
+
+    def __iter__(self):
+        start, self.start = self.start, 0
+        return self.rest(start)
+
+    def rest(self, start):
+        for index, batch in enumerate(super().__iter__()):
+            if index >= start:
+                self.done = index + 1
+                yield batch
+
+    def state_dict(self):
+        return {"done": self.done}
+
+    def load_state_dict(self, state):
+        self.start = state["done"]
+
+"""
+
 # A rank and its test wait for each other by files: tell() and told().
 FAKE_RANK = f'''
 """A fake rank: does what its argument says, in these words."""

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import pytorch_lightning
 import torch
-from conftest import ROOT, Heard, Started
+from conftest import LOADER, ROOT, Heard, Started
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
@@ -290,7 +290,9 @@ def test_training_goes_on_if_the_disk_is_full_but_a_stop_says_so(
 # ------------------------------------------------------------------------------ unchanged scripts
 
 # What befalls the rank, and in which step, is in a file. What should come of it, plain torch tells.
-PRELUDE = """
+PRELUDE = (
+    LOADER
+    + """
 import copy, os, signal, time
 from pathlib import Path
 
@@ -298,22 +300,6 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 FAULTS, SIGNALS = Path(__file__).with_name("faults"), {"killed": 9, "frozen": 19, "stopped": 15}
-
-class Loader(DataLoader):  # resumes amid an epoch
-    start = done = 0
-
-    def __iter__(self):
-        start, self.start = self.start, 0
-        for index, batch in enumerate(super().__iter__()):
-            if index >= start:
-                self.done = index + 1
-                yield batch
-
-    def state_dict(self):
-        return {"done": self.done}
-
-    def load_state_dict(self, state):
-        self.start = state["done"]
 
 class Train:
     def __init__(self):
@@ -352,6 +338,7 @@ def tell(trainer, model, first, loader):
 
 torch.manual_seed(1)
 """
+)
 SCRIPTS = {  # its arguments, its text, faults, and its last step
     "plain": (
         [],

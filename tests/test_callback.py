@@ -26,7 +26,7 @@ from typing import Any
 import pytest
 import pytorch_lightning
 import torch
-from conftest import ROOT, Heard, Started, is_running, processes_with
+from conftest import LOADER, ROOT, Heard, Started, is_running, processes_with
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import (
     EarlyStopping,
@@ -1385,26 +1385,9 @@ pl.Trainer(
 
 # -------------------------------------------------------------------------------- two ranks
 
-STOPPED = """
-class Loader(DataLoader):  # resumes amid an epoch
-    start = done = 0
-
-    def __iter__(self):
-        start, self.start = self.start, 0
-        return self.rest(start)
-
-    def rest(self, start):
-        for index, batch in enumerate(super().__iter__()):
-            if index >= start:
-                self.done = index + 1
-                yield batch
-
-    def state_dict(self):
-        return {"done": self.done}
-
-    def load_state_dict(self, state):
-        self.start = state["done"]
-
+STOPPED = (
+    LOADER
+    + """
 class Model(LightningModule):
     def __init__(self):
         super().__init__()
@@ -1453,6 +1436,7 @@ finally:
     say(f"rank {RANK} leaves fit at step {trainer.global_step}")
 say("after fit")
 """
+)
 
 
 def test_two_ranks_that_are_stopped_again_and_again_lose_nothing(job: Callable[[str], Job]) -> None:
