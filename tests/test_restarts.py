@@ -798,10 +798,12 @@ def wait_until_together(tmp_path: Path) -> None:
 
 
 def kill_node(name: str, tmp_path: Path) -> None:
-    """As a power cut: the launcher, its monitors and ranks, all at once."""
+    """As a power cut: none of the launcher, its monitors and ranks sees another one's end."""
     ours = set(processes_with(f"FT_TEST_MARK={tmp_path}"))
-    for pid in ours & set(processes_with(f"NODE={name}\0")):
-        os.kill(pid, signal.SIGKILL)
+    node = ours & set(processes_with(f"NODE={name}\0"))
+    for fatal in (signal.SIGSTOP, signal.SIGKILL):
+        for pid in node:
+            os.kill(pid, fatal)
 
 
 def test_a_node_that_is_lost_is_gone_without(two_nodes: Nodes, tmp_path: Path) -> None:
@@ -861,9 +863,11 @@ client.report_saved(ATTEMPT)
 while NODE == "b" and not (HERE / "latest_a").exists():
     time.sleep(0.05)
 if NODE == "b" and ATTEMPT == 0:
-    while "true" not in "".join(p.read_text() for p in HERE.glob("runs/*/attempt_0/rank0.json")):
-        time.sleep(0.05)  # until the monitor of node a has heard of its end
-    time.sleep(1)
+    while not (reports := list(HERE.glob("runs/*/attempt_0/rank0.json"))):
+        time.sleep(0.05)
+    monitor = json.loads(reports[0].read_text())["monitor_pid"]
+    while os.path.exists(f"/proc/{monitor}"):  # until the launcher of node a has heard of its end
+        time.sleep(0.05)
     sys.exit(7)
 (HERE / f"latest_{NODE}").touch()
 if ATTEMPT == 1:
@@ -873,7 +877,8 @@ if ATTEMPT == 1:
     first, second = two_nodes("", body, "2")
     assert first.wait(60) == 0, first.output
     assert second.wait(60) == 0, second.output
-    assert "attempt 0 ended" in second.output and (tmp_path / "finished").exists()
+    assert "attempt 0 ended" in second.output and "exit code 7" in second.output, second.output
+    assert (tmp_path / "finished").exists()
 
 
 def test_a_node_does_not_wait_for_one_that_was_told_to_stop(
