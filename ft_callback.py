@@ -104,7 +104,7 @@ LOOK_SECONDS = 0.5  # for a file system to tell if there is a file
 STOP_CHECK_SECONDS, STOP_CHECK_BATCHES = 2.0, 100  # at most, between looks for a request to stop
 STEPLESS_BATCHES = 20  # before a warning that no optimizer steps
 UNFINISHED = ".ft_unfinished"  # ends the name of a checkpoint that is being written
-UNFINISHED_SECONDS = 600.0  # without a change: its writer was killed
+UNFINISHED_SECONDS = 600.0  # without a change: its writer on another host was killed
 LOGGER = f"{pl.__name__}.FaultToleranceCallback"  # whose lines appear as Lightning's do
 
 
@@ -195,7 +195,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 def write_checkpoint(checkpoint: Mapping[str, Any], target: Path) -> None:
     for path in target.parent.glob(f".*{UNFINISHED}"):
         with contextlib.suppress(FileNotFoundError):
-            if path.stat().st_mtime < time.time() - UNFINISHED_SECONDS:
+            if is_left_behind(path):
                 path.unlink()
     # In the target's directory: a rename from another file system is a copy, and not atomic.
     who = f"{os.uname().nodename}.{os.getpid()}"
@@ -212,6 +212,14 @@ def write_checkpoint(checkpoint: Mapping[str, Any], target: Path) -> None:
     with contextlib.suppress(OSError):  # some network file systems refuse it
         os.fsync(directory)
     os.close(directory)
+
+
+def is_left_behind(unfinished: Path) -> bool:
+    """Whether its writer was killed."""
+    target, _, pid = unfinished.name.removesuffix(UNFINISHED).rpartition(".")
+    if target.endswith(f".{os.uname().nodename}"):
+        return not os.path.exists(f"/proc/{pid}")
+    return unfinished.stat().st_mtime < time.time() - UNFINISHED_SECONDS
 
 
 def is_complete(path: Path, member: bytes = b"") -> bool:

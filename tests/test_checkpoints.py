@@ -174,12 +174,16 @@ def test_names_may_be_as_long_as_the_file_system_allows_and_begin_with_a_home(
 
 def test_the_next_save_removes_what_killed_writers_have_left(tmp_path: Path) -> None:
     """Not what others may still be writing."""
-    old, new = (tmp_path / f".{name}.ckpt.host.1{UNFINISHED}" for name in ("old", "new"))
-    for path in (old, new):
+    here, ended = os.uname().nodename, subprocess.Popen(["true"])
+    ended.wait()
+    hosts = ("old", "host.1"), ("new", "host.1"), ("killed", f"{here}.{ended.pid}")
+    writers = [*hosts, ("living", f"{here}.{os.getppid()}")]
+    paths = [tmp_path / f".{name}.ckpt.{writer}{UNFINISHED}" for name, writer in writers]
+    for path in paths:
         path.touch()
-    os.utime(old, (time.time() - 700,) * 2)
+    os.utime(paths[0], (time.time() - 700,) * 2)
     save(tmp_path / "last.ckpt", 1)
-    assert set(tmp_path.iterdir()) == {tmp_path / "last.ckpt", new}
+    assert {*tmp_path.iterdir()} == {tmp_path / "last.ckpt", paths[1], paths[3]}
 
 
 def test_a_remote_path_is_left_to_lightning() -> None:
