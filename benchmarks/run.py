@@ -32,7 +32,12 @@ sys.path.insert(0, str(ROOT))
 import ft_monitor  # noqa: E402  from the directory above
 
 LIMIT = 120.0  # seconds that a job may take for each of its parts
-STUCK, TWO_NODES = ", a survivor stuck in C", ", two nodes"
+RESTARTS = {  # launchers, and what is to happen
+    "": (1, "death"),
+    ", a survivor stuck in C": (1, "stuck"),
+    ", two nodes": (2, "death"),
+    ", node lost, a spare takes over": (3, "loss"),
+}
 RANKS = 8  # of which a monitor's memory is measured
 Samples = dict[str, list[float]]  # by what was measured
 
@@ -109,8 +114,8 @@ def hang(directory: Path) -> None:
 
 
 def all_reduce(directory: Path) -> None:
-    """In the first attempt, rank 1 kills itself while rank 0 is stuck in C code with a handler for
-    SIGTERM, as every Lightning rank has: it does not run before the C code returns."""
+    """In the first attempt, rank 1 kills itself, or its node. Rank 0 may be stuck in C code with a
+    handler for SIGTERM, as every Lightning rank has: it does not run before the C code returns."""
     (directory / "interpreter").write_text(str(time.time()))
     import torch
     import torch.distributed as dist
@@ -127,6 +132,9 @@ def all_reduce(directory: Path) -> None:
     dist.barrier()
     if is_first and dist.get_rank() == 1:
         failure.write_text(str(time.time()))
+        if (directory / "loss").exists():
+            launcher = ft_monitor.Report.read(ft_monitor.evidence_path("json")).launcher_pid
+            os.kill(launcher or 0, signal.SIGKILL)
         os.kill(os.getpid(), signal.SIGKILL)
     if is_first and (directory / "stuck").exists():
         mutex = ctypes.create_string_buffer(256)
@@ -229,30 +237,31 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 def measure_restart(launcher: list[str], case: str, samples: Samples) -> None:
     """One job whose rank 1 dies once, to its end. Raises RuntimeError if it does not come back."""
+    number, fault = RESTARTS[case]
     with tempfile.TemporaryDirectory() as name, open(f"{name}/log", "wb") as log:
         directory = Path(name)
+        (directory / fault).touch()
         options = ["--nproc-per-node=2"]
-        if case == STUCK:
-            (directory / "stuck").touch()
-        if case == TWO_NODES:
+        if number > 1:
             with socket.create_server(("localhost", 0)) as free:
                 endpoint = f"--rdzv-endpoint=localhost:{free.getsockname()[1]}"
             options = ["--nproc-per-node=1", "--nnodes=2", "--rdzv-backend=c10d", endpoint]
-        command = [*launcher, *options, "--max-restarts=1", *program("all_reduce", name)[2:]]
+        script = program("all_reduce", name)[2:]
         variables = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         environment = {**os.environ, **variables}
         start = time.time()
-        nodes = [
-            subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-            for _ in range(1 + (case == TWO_NODES))
-        ]
+        nodes = []
         try:
+            for n in range(number):  # the first, which hosts the store, is not to die
+                who = f"--rdzv-conf=is_host={int(n == 0)}"
+                command = [*launcher, *options, who, "--max-restarts=1", *script]
+                nodes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
             statuses = [node.wait(LIMIT) for node in nodes]
         finally:
             for node in nodes:
                 node.terminate()
                 node.wait(LIMIT)
-        if any(statuses):
+        if any(status not in (0, -signal.SIGKILL) for status in statuses):
             raise RuntimeError(f"{command} ended with {statuses}: {Path(log.name).read_text()}")
         files = ("first", "failure", "interpreter", "imports", "again")
         first, failure, interpreter, imports, again = [
@@ -345,9 +354,10 @@ def main() -> None:
         measure_rank(results["ft_launcher"])
         measure_memory(results["ft_launcher"])
         measure_status(results["ft_launcher"])
-        for case in ("", STUCK, TWO_NODES):
+        for case, (_, fault) in RESTARTS.items():
             for name, launcher in launchers.items():
-                measure_restart(launcher, case, results[name])
+                if fault != "loss" or name == "ft_launcher":  # others never come back
+                    measure_restart(launcher, case, results[name])
         for name, launcher in launchers.items():
             measure_stop(launcher, results[name])
     import torch
