@@ -33,11 +33,13 @@ Exit codes
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import fcntl
 import functools
 import hashlib
 import importlib.util
+import itertools
 import json
 import logging
 import math
@@ -50,7 +52,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +124,7 @@ HOOK_SECONDS = 10
 RENDEZVOUS_TRIES = 3  # for a node that is lost as the nodes meet
 SPARE_SECONDS = 3.0  # that a place stays free for a node that restarts, before a spare takes it
 LISTEN_SECONDS = 1.0  # between looks for what other nodes tell
+ALONE_SECONDS = 60  # that a node which has left stays when no other is there any more
 HEAR_SECONDS = 3.0  # how long the node that ends a job stays, as it may host the store
 STOP_MARGIN_SECONDS = 20  # that a monitor may take after its rank's grace: SIGKILL, reaping
 # What nodes tell each other, as keys in the store of each round of the rendezvous.
@@ -133,9 +136,9 @@ JUDGES = "ft_judges"  # number of nodes that would not wait longer; the first ju
 VERDICT = "ft_verdict"  # how it ended on all nodes
 SPEAKERS = "ft_speakers"  # number of nodes that know it; the first tells the world
 RENAMED = {  # NVIDIA's flags
-    "--fault-tol-cfg-path": "--ft-cfg-path",
-    "--term-timeout": "--shutdown-timeout",
-    "--workers-stop-timeout": "--ft-workers-stop-timeout",
+    "fault-tol-cfg-path": "--ft-cfg-path",
+    "term-timeout": "--shutdown-timeout",
+    "workers-stop-timeout": "--ft-workers-stop-timeout",
 }
 
 
@@ -351,7 +354,9 @@ class FaultToleranceAgent(LocalElasticAgent):
         command = [*ft_monitor.monitor_command(), "--", str(spec.entrypoint), *spec.args]
         spec.entrypoint, spec.args = command[0], tuple(command[1:])
         os.environ["FT_SHUTDOWN_TIMEOUT"] = str(self._shutdown_timeout)
-        count = functools.partial(self._count_waiting, spec.rdzv_handler.num_nodes_waiting)
+        # One request a second to the store, which hears all nodes.
+        looks = itertools.cycle([self._has_to_restart] * 4 + [spec.rdzv_handler.num_nodes_waiting])
+        count = functools.partial(self._count_waiting, looks)
         spec.rdzv_handler.num_nodes_waiting = count  # type: ignore[method-assign]
 
     def run(self, *args: Any, **kwargs: Any) -> RunResult:
@@ -362,7 +367,8 @@ class FaultToleranceAgent(LocalElasticAgent):
             raise
         if result is None:  # torch's answer to RendezvousGracefulExitError
             self._close_rendezvous()
-            raise NodeLeft("the job has ended, and this spare was not needed")
+            self._job.log.info("the job has ended, and this spare was not needed")
+            raise NodeLeft
         return result
 
     # -- nodes
@@ -381,31 +387,41 @@ class FaultToleranceAgent(LocalElasticAgent):
                     raise
                 self._job.log.warning("a node was lost as the nodes met: meeting again")
 
-    def _count_waiting(self, count: Callable[[], int]) -> int:
+    def _count_waiting(self, looks: Iterator[Callable[[], int]]) -> int:
         """The nodes that torch is to restart workers for: those that wait, or have left."""
         if time.monotonic() < self._listened + LISTEN_SECONDS:
             return 0
         self._listened = time.monotonic()
+        return next(looks)()
+
+    def _has_to_restart(self) -> bool:
         if self._told(AGAIN) is None:
-            return count()
+            return False
         self._end_if_over()
-        return 1
+        return True
 
     def _leave(self, reason: str) -> None:
         """Take this node out of the job, for which torch has no call."""
         handler: Any = self._worker_group.spec.rdzv_handler
         handler.shutdown = lambda: True  # which would close the rendezvous for all
         self._worker_group.state = WorkerState.FAILED
+        self._job.log.error("this node leaves the job: %s", reason)
         self._tell(AGAIN)
-        if isinstance(handler, c10d.DynamicRendezvousHandler):
-            handler._stop_heartbeats()
-            try:
+        has_others = isinstance(handler, c10d.DynamicRendezvousHandler)
+        has_others = has_others and handler._settings.max_nodes > 1
+        with contextlib.suppress(RendezvousError):  # the others will take it for dead
+            if has_others:
+                handler._stop_heartbeats()
                 deadline = handler._get_deadline(handler._settings.timeout.close)
                 handler._op_executor.run(c10d._RendezvousExitOp(), deadline)
-            except RendezvousError:
-                pass  # the others will take it for dead
         write_beside_flag(self._job, "bad_nodes", "a", reason, ft_monitor.host_name())
-        raise NodeLeft(reason)
+        alone = 0.0  # seconds
+        with contextlib.suppress(RendezvousError):  # their store is gone; or it may be here
+            while has_others and alone < ALONE_SECONDS and not handler.is_closed():
+                nodes = handler._state_holder.state.last_heartbeats
+                alone = 0.0 if nodes else alone + LISTEN_SECONDS
+                time.sleep(LISTEN_SECONDS)
+        raise NodeLeft
 
     def _shared(self, use: Callable[[Any], Any]) -> Any:
         """What comes of a use of this round's store; None where there is none yet, or its node is
@@ -750,31 +766,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--ft-on-incident", metavar="COMMAND", help=about)
     about = "below it, each launcher keeps its evidence (default: %(default)s)"
     add("--ft-run-dir", metavar="DIR", default=ft_monitor.default_run_dir(), help=about)
+    options = parser._option_string_actions  # add_argument would let --help show all spellings
+    for option in [option for option in options if option.startswith("--ft-")]:
+        for prefix in ("--ft-", "--ft_", "--ft-param-", "--ft_param_"):
+            options[prefix + option[5:].replace("-", "_")] = options[option]
+    for theirs, option in RENAMED.items():
+        for spelling in (theirs, theirs.replace("-", "_")):
+            options[f"--{spelling}"] = options[option]
     return parser
-
-
-def spell(argv: Sequence[str], parser: argparse.ArgumentParser) -> tuple[list[str], list[str]]:
-    """The command line with its options spelt as ours; and what of NVIDIA's has no meaning here."""
-    known = parser._option_string_actions
-    ours = [name[5:] for name in known if name.startswith("--ft-")]
-    spelt: list[str] = []
-    ignored: list[str] = []
-    words = list(argv)
-    while words and words[0].startswith("-"):
-        name, equals, value = words.pop(0).partition("=")
-        if name.startswith("--"):
-            name = name.replace("_", "-").replace("--ft-param-", "--ft-")
-            name = RENAMED.get(name, name)
-        is_ignored = name not in known and name.startswith("--ft-")
-        is_ignored = is_ignored and not ft_monitor.resembling(name[5:], ours, 0.85)
-        has_value = is_ignored and name != "--ft-ignore-missing-cfg"
-        if name in known:
-            has_value = known[name].nargs != 0
-        option = [name + equals + value]
-        if has_value and not equals and words and not words[0].startswith("-"):
-            option.append(words.pop(0))
-        (ignored if is_ignored else spelt).extend(option)
-    return spelt + words, ignored
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[Job, Any]:
@@ -783,8 +782,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Job, Any]:
     Ends with exit code 2, and one line, for a command line that is wrong.
     """
     parser = get_args_parser()
-    words, ignored = spell(argv, parser)
-    args = parser.parse_args(words)
+    args = parser.parse_args(argv)
     name = f"{time.strftime('%Y%m%d-%H%M%S')}_{os.uname().nodename}_{os.getpid()}"
     run_dir = Path(args.ft_run_dir).absolute() / name
     flag = os.environ.get(FLAG_VARIABLE) and os.path.abspath(os.environ[FLAG_VARIABLE])
@@ -806,8 +804,6 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Job, Any]:
     except (ValueError, AssertionError, RuntimeError, OSError) as error:  # a ConfigError too
         shutil.rmtree(run_dir, ignore_errors=True)
         parser.error(" ".join(str(error).split()))
-    if ignored:
-        log.warning("ignoring what has no meaning here: %s", " ".join(ignored))
     policy = RestartPolicy(args.ft_max_no_progress_cycles, needs_connection=flag is not None)
     flag = None if flag is None or os.path.exists(flag) else flag
     check = args.ft_node_health_check
@@ -998,8 +994,7 @@ def run(job: Job, launch: Any) -> int:
     except SignalException as error:
         log.warning("ended by %s", error.sigval.name)
         return 128 + error.sigval
-    except NodeLeft as error:
-        log.error("this node leaves the job: %s", error)
+    except NodeLeft:
         return EXIT_FAILED if launch[0].max_nodes == 1 else 0
     except (RendezvousError, torch.distributed.DistError) as error:
         text = "the nodes of this job lost each other, or one gave up"

@@ -79,7 +79,7 @@ import time
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from typing import Any, NoReturn
 
     Seconds = float | None
@@ -211,7 +211,9 @@ class FaultToleranceConfig:
         names = cls.__dataclass_fields__.keys()
         others = [name for name in values if name not in names]
         for name in others:
-            for close in resembling(name, names):
+            import difflib
+
+            for close in difflib.get_close_matches(name, names, 1, cutoff=0.7):  # no NVIDIA's name
                 raise ConfigError(f"unknown setting {name!r}; did you mean {close!r}?")
         if others:
             warn(f"ignoring settings that have no meaning here: {', '.join(others)}")
@@ -270,13 +272,6 @@ class FaultToleranceConfig:
     def is_watching(self) -> bool:
         """Whether any limit is configured; if so, unknown_timeout is for the rest."""
         return any(map(math.isfinite, [*self.limits().values(), self.unknown_timeout or math.inf]))
-
-
-def resembling(name: str, names: Collection[str], cutoff: float = 0.7) -> list[str]:
-    """Of ours, the one that this is a misspelling of; none if it is likely NVIDIA's."""
-    import difflib
-
-    return difflib.get_close_matches(name, names, 1, cutoff)
 
 
 def section_clock(section: str) -> str:
