@@ -743,9 +743,7 @@ class FaultToleranceCallback(pl.Callback):
                 f"rank {trainer.global_rank} starts at step {step}, rank 0 at {first}: give "
                 "ModelCheckpoint(dirpath=...), or --ft-auto-dir, a directory that all nodes share"
             )
-        if self.has_trained:
-            return
-        if step > 0 or not trainer.is_global_zero:
+        if self.has_trained or step > 0 or not trainer.is_global_zero:
             return
         try:
             noted = json.loads(Path(progress_files()[-1]).read_text(encoding="utf-8"))

@@ -1010,7 +1010,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     quieten_torch()
     job, launch = parse_arguments(sys.argv[1:] if argv is None else argv)
     ignore_user_signals()
-    ft_monitor.process_control(ft_monitor.PR_SET_CHILD_SUBREAPER, 1)  # see _note()
+    ft_monitor.process_control(ft_monitor.PR_SET_CHILD_SUBREAPER, 1)  # see _gather()
     prepare_environment(job)
     settings = {
         name: value

@@ -1454,7 +1454,13 @@ class RankMonitor:
         self.written = time.monotonic()
         report.sections = sorted(clocks.sections)
         report.longest, report.limits = clocks.longest, clocks.limits()
-        report.learned = [clock for clock in report.limits if clocks.is_learned(clock)]
+        before, report.learned = report.learned, [x for x in report.limits if clocks.is_learned(x)]
+        is_news = HEARTBEAT in report.learned and HEARTBEAT not in before
+        if is_news and report.rank == 0 and report.ended is None:
+            floor, limits = self.config.min_timeout, report.limits
+            others = [x for x in report.learned if limits[x] != floor]
+            told = "".join(f"{section_of(x) or x} {limits[x]:g} s, " for x in others)
+            self.log.info("limits learned: %s%g s for all else", told, floor)
         report.waiting = self._waiting(self.written)
         self.writer.put(evidence_path("json"), to_text(dataclasses.asdict(report)))
         if self.stacks.text:

@@ -333,6 +333,23 @@ def test_a_hung_rank_is_killed_by_a_limit_that_earlier_runs_have_learned(
     assert "(learned limit 1 s, --ft-rank-heartbeat-timeout)" in watched.log[-1]
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rank_0_tells_of_learned_limits_once(watch: Watch, rank: int) -> None:
+    body = """
+connect(calculate_timeouts=True)
+client.start_section("save")
+time.sleep(0.2)
+client.end_section("save")
+beat(1, times=25, seconds=0.1)
+"""
+    watched = watch(body, environment={"RANK": str(rank)}, safety_factor=500)
+    assert watched.ends() == 0
+    told = [line.partition("limits learned: ")[2] for line in watched.log if "learned" in line]
+    assert len(told) == (rank == 0)
+    save = watched.report.limits[SAVE]
+    assert all(f"save {save:g} s" in x and x.endswith(", 60 s for all else") for x in told)
+
+
 def test_the_launcher_hands_on_what_earlier_attempts_have_learned(watch: Watch) -> None:
     watched = watch(
         "hang()", environment={"FT_LEARNED": '{"startup_timeout": 0.1}'}, min_timeout=0.1
