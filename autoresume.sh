@@ -173,7 +173,7 @@ find_arguments() {
   done
 }
 
-# Let the next job do without nodes found bad within a day, at most a quarter of its partition.
+# Keep nodes found bad within a day from the next job: at most a quarter of its partition, or one.
 exclude_bad_nodes() {
   local bad=() line since total most info
   [[ -n $continuation && -z $keeps_bad_nodes && -s $flag.bad_nodes ]] && show "$continuation" ||
@@ -183,7 +183,8 @@ exclude_bad_nodes() {
   sinfo --noheader --Node --partition "${BASH_REMATCH[1]}" --format %N | wc -l | read -r total
   most=$((total < 8 ? 1 : total / 4))
   ((total - most >= BASH_REMATCH[3])) || most=0
-  printf -v since '%(%FT%T)T' $((EPOCHSECONDS - 86400))
+  printf -v since '%(%s)T' -1 # bash 4 has no EPOCHSECONDS
+  printf -v since '%(%FT%T)T' $((since - 86400))
   tac -- "$flag.bad_nodes" | while IFS= read -r line; do
     [[ $line =~ '"time": "'([^\"]*)'", "host": "'([^\"]*) && ${BASH_REMATCH[1]} > $since ]] &&
       [[ " ${bad[*]} " != *" ${BASH_REMATCH[2]} "* ]] && bad+=("${BASH_REMATCH[2]}")

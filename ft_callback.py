@@ -24,7 +24,7 @@ with `lightning` and `pytorch_lightning`, in `fit` alone. A step, here, is a tra
     on_exception        tells of the exception; "after_training"
 
 FLAG.stop, SIGTERM, SIGUSR1 and Ctrl-C mean the same: save a checkpoint after a step and end the
-script there, with exit code 0; the next run resumes there. Before and after `fit`, they end it.
+script there, with exit code 0; the next run resumes there. Outside of `fit`, signals end it.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """All ranks come here, find the same, and change nothing."""
-        if "://" not in str(path) and not is_complete(Path(path)):
+        if os.path.lexists(path) and not is_complete(Path(path)):
             broken, path = path, newest_resumable(Path(path)) or path
             logging.getLogger(LOGGER).warning("%s is broken: loading %s", broken, path)
         return super().load_checkpoint(path, *args, **kwargs)

@@ -124,12 +124,12 @@ HOOK_SECONDS = 10
 RENDEZVOUS_TRIES = 3  # for a node that is lost as the nodes meet
 SPARE_SECONDS = 3.0  # that a place stays free for a node that restarts, before a spare takes it
 LISTEN_SECONDS = 1.0  # between looks for what other nodes tell
-ALONE_SECONDS = 60  # that a node which has left stays when no other is there any more
-HEAR_SECONDS = 3.0  # how long the node that ends a job stays, as it may host the store
+HEAR_SECONDS = 3.0  # how long a node stays at a job's end, as it may host the store
 STOP_MARGIN_SECONDS = 20  # that a monitor may take after its rank's grace: SIGKILL, reaping
 # What nodes tell each other, as keys in the store of each round of the rendezvous.
 OVER = "ft_over"  # the job is, and why; empty where restarts are used up
-AGAIN = "ft_again"  # a node has failed or left: all start again
+AGAIN = "ft_again"  # a node has failed, left, or JOINED: all start again
+JOINED = "joined"
 ENDED = "ft_ended"  # with a node's number: how the attempt ended there
 COUNT = "ft_count"  # of the nodes where it has
 JUDGES = "ft_judges"  # number of nodes that would not wait longer; the first judges
@@ -187,7 +187,8 @@ class RestartPolicy:
         if not knows_saves:
             text = f"at step {step}; what is saved, the launcher of rank 0 tells"
         elif saved < step:
-            text = f"step {saved} is saved, steps to {step} are lost" if saved else "nothing saved"
+            lost = f"steps to {step} are lost"
+            text = f"step {saved} is saved, {lost}" if saved else f"nothing new is saved, {lost}"
         else:
             text = f"step {saved} is saved, and the next run resumes there"
         text = text if step or saved else "no step was made"
@@ -244,6 +245,7 @@ class Job:
     flag: str | None = None  # the finished flag, unless there was one at the start
     run_id: str = ""  # the same on all nodes
     auto: dict[str, str] = dataclasses.field(default_factory=dict)  # ranks' variables, --ft-auto
+    incidents: list[Incident] = dataclasses.field(default_factory=list)  # also in incidents.jsonl
     state: State = dataclasses.field(default_factory=State)
 
     def has_file(self, suffix: str = "") -> bool:
@@ -355,7 +357,8 @@ class FaultToleranceAgent(LocalElasticAgent):
         spec.entrypoint, spec.args = command[0], tuple(command[1:])
         os.environ["FT_SHUTDOWN_TIMEOUT"] = str(self._shutdown_timeout)
         # One request a second to the store, which hears all nodes.
-        looks = itertools.cycle([self._has_to_restart] * 4 + [spec.rdzv_handler.num_nodes_waiting])
+        join = functools.partial(self._let_join, spec.rdzv_handler.num_nodes_waiting)
+        looks = itertools.cycle([self._has_to_restart] * 4 + [join])
         count = functools.partial(self._count_waiting, looks)
         spec.rdzv_handler.num_nodes_waiting = count  # type: ignore[method-assign]
 
@@ -394,6 +397,12 @@ class FaultToleranceAgent(LocalElasticAgent):
         self._listened = time.monotonic()
         return next(looks)()
 
+    def _let_join(self, count: Callable[[], int]) -> int:
+        number = count()
+        if number and self._told(AGAIN) is None:
+            self._tell(AGAIN, JOINED)
+        return number
+
     def _has_to_restart(self) -> bool:
         if self._told(AGAIN) is None:
             return False
@@ -415,13 +424,19 @@ class FaultToleranceAgent(LocalElasticAgent):
                 deadline = handler._get_deadline(handler._settings.timeout.close)
                 handler._op_executor.run(c10d._RendezvousExitOp(), deadline)
         write_beside_flag(self._job, "bad_nodes", "a", reason, ft_monitor.host_name())
-        alone = 0.0  # seconds
-        with contextlib.suppress(RendezvousError):  # their store is gone; or it may be here
-            while has_others and alone < ALONE_SECONDS and not handler.is_closed():
-                nodes = handler._state_holder.state.last_heartbeats
-                alone = 0.0 if nodes else alone + LISTEN_SECONDS
-                time.sleep(LISTEN_SECONDS)
+        if has_others:
+            self._job.log.info("staying until the others end: their store may be here")
+            with contextlib.suppress(RendezvousError):  # it was elsewhere, and is gone
+                self._stay(handler)
         raise NodeLeft
+
+    def _stay(self, handler: Any) -> None:
+        """Until the others have shown no sign of life for long, or have ended and let all hear."""
+        alone, patience = 0.0, handler._settings.timeout.join.total_seconds()
+        while alone < (HEAR_SECONDS if handler.is_closed() else patience):
+            nodes = handler._state_holder.state.last_heartbeats
+            alone = 0.0 if nodes else alone + LISTEN_SECONDS
+            time.sleep(LISTEN_SECONDS)
 
     def _shared(self, use: Callable[[Any], Any]) -> Any:
         """What comes of a use of this round's store; None where there is none yet, or its node is
@@ -547,13 +562,16 @@ class FaultToleranceAgent(LocalElasticAgent):
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = self._well or super()._monitor_workers(worker_group)
         job = self._job
+        has_failed = result.state not in (WorkerState.HEALTHY, WorkerState.SUCCEEDED)
+        if has_failed and self._told(AGAIN) == JOINED:  # another node's ranks were ended for that
+            return RunResult(WorkerState.HEALTHY)
         if result.state == WorkerState.SUCCEEDED:
             return self._end_with_all(result)
-        if result.state != WorkerState.HEALTHY and job.is_complete():
+        if has_failed and job.is_complete():
             job.log.warning("ranks failed, but training is complete: %s exists", job.flag)
             ranks = [worker.global_rank for worker in worker_group.workers]
             return RunResult(WorkerState.SUCCEEDED, dict.fromkeys(ranks))
-        if result.state != WorkerState.HEALTHY:
+        if has_failed:
             self._decide(Outcome.FAILED)
         return result
 
@@ -606,9 +624,8 @@ class FaultToleranceAgent(LocalElasticAgent):
             super()._shutdown(None)  # type: ignore[arg-type]
             outcome = Outcome.ELSEWHERE if state == WorkerState.FAILED else Outcome.WELL
             self._note(self._incident(self._gather(outcome)))
-        incidents = ft_monitor.read_incidents(self._job.run_dir)
-        if len(incidents) > 1:  # of one, its verdict tells all
-            log.info("%s", ft_monitor.render_report(incidents))
+        if len(self._job.incidents) > 1:  # of one, its verdict tells all
+            log.info("%s", ft_monitor.render_report(self._job.incidents))
 
     def _gather(self, outcome: Outcome) -> Evidence:
         """How the attempt ended on this node, which the others are told, once."""
@@ -656,6 +673,7 @@ class FaultToleranceAgent(LocalElasticAgent):
         if self._is_noted:
             return
         self._is_noted = True
+        self._job.incidents.append(incident)
 
         def note() -> None:
             with open(self._job.run_dir / "incidents.jsonl", "a", encoding="utf-8") as file:
@@ -766,6 +784,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--ft-on-incident", metavar="COMMAND", help=about)
     about = "below it, each launcher keeps its evidence (default: %(default)s)"
     add("--ft-run-dir", metavar="DIR", default=ft_monitor.default_run_dir(), help=about)
+    if torch.__version__ < "2.13.dev0":
+        parser.error(f"torch {torch.__version__} is too old: give this Python 2.13 or newer")
     options = parser._option_string_actions  # add_argument would let --help show all spellings
     for option in [option for option in options if option.startswith("--ft-")]:
         for prefix in ("--ft-", "--ft_", "--ft-param-", "--ft_param_"):
@@ -878,8 +898,8 @@ def begin_auto(auto: dict[str, str], run_dir: Path, log: ft_monitor.Log) -> None
     directory.mkdir(parents=True, exist_ok=True)
     is_over = flag.parent == directory and flag.exists()  # nobody but us would remove that
     for path in directory.iterdir() if is_over else ():
-        if path.name.startswith(flag.name) or path.suffix == ".ckpt":
-            path.unlink(missing_ok=True)
+        if path.is_file() and (path.name.startswith(flag.name) or path.suffix == ".ckpt"):
+            path.unlink()
     if is_over:
         log.info("the training before was complete: starting a new one in %s", directory)
     elif any(directory.glob("*.ckpt")):
@@ -971,7 +991,7 @@ def check_end(job: Job) -> None:
     """Of workers that ended well. Raises GaveUp where the next run would not complete training."""
     if job.flag is None or job.is_complete():
         return
-    has_connected = any(x.connected for x in ft_monitor.read_incidents(job.run_dir))
+    has_connected = any(incident.connected for incident in job.incidents)
     if not (has_connected or job.has_file(".stop")):  # which a script may have heeded by itself
         callback = "is FaultToleranceCallback among the Trainer's callbacks?"
         raise GaveUp(f"no rank told of training: {callback}")

@@ -998,7 +998,7 @@ def attempt_number() -> int:
 
 
 def evidence_path(kind: str) -> str:
-    """Where this rank's report (json) or stacks (stacks.txt) are."""
+    """Where this rank's report (json), stacks (stacks.txt) or traceback.txt are."""
     directory = os.environ.get("FT_RUN_DIR", "")
     return os.path.join(directory, f"attempt_{attempt_number()}", f"rank{rank_number()}.{kind}")
 
@@ -1133,17 +1133,14 @@ def to_text(values: Mapping[str, Any], indent: int | None = None) -> str:
     return json.dumps(values, indent=indent) + "\n"
 
 
-def write_file(path: str | os.PathLike[str], text: str, durable: bool = False) -> None:
-    """Readers never see half of it; `durable` survives a power cut. Raises OSError."""
+def write_file(path: str | os.PathLike[str], text: str) -> None:
+    """Readers never see half of it. Raises OSError."""
     directory, name = os.path.split(os.path.abspath(path))
     # Launchers in containers have the same pid on all nodes.
     beside = os.path.join(directory, f".{name}.{os.uname().nodename}.{os.getpid()}.tmp")
     try:
         with open(beside, "w", encoding="utf-8") as file:
             file.write(text)
-            file.flush()
-            if durable:
-                os.fsync(file.fileno())
         os.replace(beside, path)
     finally:
         if os.path.lexists(beside):
@@ -1460,7 +1457,7 @@ class RankMonitor:
             floor, limits = self.config.min_timeout, report.limits
             others = [x for x in report.learned if limits[x] != floor]
             told = "".join(f"{section_of(x) or x} {limits[x]:g} s, " for x in others)
-            self.log.info("limits learned: %s%g s for all else", told, floor)
+            self.log.info("limits learned: %s%g s for what else was seen", told, floor)
         report.waiting = self._waiting(self.written)
         self.writer.put(evidence_path("json"), to_text(dataclasses.asdict(report)))
         if self.stacks.text:
@@ -1920,7 +1917,7 @@ def find_run_dir(path: Path) -> Path:
 
 
 def is_alive(run_dir: Path) -> bool:
-    """Whether its launcher, or its monitor without one, whose pid ends its name, may still run."""
+    """Whether its launcher, whose pid ends its name, may still run."""
     return os.path.exists(f"/proc/{run_dir.name.rpartition('_')[2]}")
 
 

@@ -486,12 +486,13 @@ def test_a_training_that_follows_a_complete_one_starts_anew(begin: Callable[...,
     directory, flag, _ = begin("train.py")
     for name in ("fit_Net_0.ckpt", "finished.progress", "ft_state.json"):
         (directory / name).touch()
+    (directory / "finished.evidence").mkdir()
     _, _, told = begin("train.py")
     assert f"resuming the training in {directory} (to start anew, remove that)" in told
     flag.touch()
     _, _, told = begin("train.py")
     assert f"the training before was complete: starting a new one in {directory}" in told
-    assert [path.name for path in directory.iterdir()] == ["ft_state.json"]
+    assert {path.name for path in directory.iterdir()} == {"finished.evidence", "ft_state.json"}
 
 
 def test_a_finished_flag_of_the_users_own_is_left_to_him(

@@ -304,7 +304,7 @@ beat_for_ever()
     asked, stopped, ended = our_lines(job.output)[-3:]
     assert asked == f"[ft_launcher] {number.name}: the ranks have 2 s to save and end"
     assert re.fullmatch(
-        r"\[ft_launcher\] stopped within \d\.\d s: nothing saved; "
+        r"\[ft_launcher\] stopped within \d\.\d s: nothing new is saved, steps to \d+ are lost; "
         r"had to kill rank 1: no heartbeat for \d\.\d s at step 2",
         stopped,
     )

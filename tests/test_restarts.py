@@ -854,6 +854,45 @@ def test_a_node_that_a_rank_excludes_ends_with_0_and_the_other_goes_on(
     assert bad["host"] == f"host-{name}"
 
 
+# Ranks that fail as soon as a peer is gone, as in a collective.
+GROUP = (
+    REQUEST
+    + """
+NODE, WORLD, GROUP = os.environ["NODE"], int(os.environ["WORLD_SIZE"]), os.environ["MASTER_PORT"]
+(HERE / f"pid_{NODE}").write_text(str(os.getpid()))
+(HERE / f"pid_{NODE}").rename(HERE / f"{GROUP}_{NODE}")
+for step in range(100_000):
+    pids = [int(path.read_text()) for path in HERE.glob(f"{GROUP}_?")]
+    if len(pids) == WORLD:
+        (HERE / f"done{WORLD}_{NODE}").touch()
+    if WORLD == 2 and len(pids) == 2:
+        (HERE / f"together_{NODE}").touch()
+    if WORLD == 3 and len(list(HERE.glob("done3_?"))) == 3 and NODE == "a":
+        (HERE / "left").touch()
+        ask(WorkloadAction.ExcludeThisNode)
+        sys.exit(7)
+    if WORLD == 2 and (HERE / "left").exists() and (HERE / "done2_c").exists():
+        (HERE / "finished").touch()
+        sys.exit(0)
+    if len(pids) == WORLD and not all(map(runs, pids)):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer")
+    client.send_heartbeat(step)
+    time.sleep(0.02)
+"""
+)
+
+
+def test_a_node_that_joins_costs_no_restart_and_the_host_of_the_store_may_leave(
+    two_nodes: Nodes,
+) -> None:
+    nodes = two_nodes("", GROUP, "2:3", restarts=1, spares="c")
+    for node in nodes:
+        assert node.wait(90) == 0, node.output
+    host, *others = (node.output for node in nodes)
+    assert "this node leaves the job: a rank asked for it: GPU 3 is lost" in host
+    assert all("restarting, 1 of 1 left" in endings(text)[-1] for text in others), others
+
+
 def test_a_node_whose_ranks_ended_well_starts_again_with_one_whose_ranks_failed_later(
     two_nodes: Nodes, tmp_path: Path
 ) -> None:

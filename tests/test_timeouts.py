@@ -347,7 +347,9 @@ beat(1, times=25, seconds=0.1)
     told = [line.partition("limits learned: ")[2] for line in watched.log if "learned" in line]
     assert len(told) == (rank == 0)
     save = watched.report.limits[SAVE]
-    assert all(f"save {save:g} s" in x and x.endswith(", 60 s for all else") for x in told)
+    assert all(
+        f"save {save:g} s" in x and x.endswith(", 60 s for what else was seen") for x in told
+    )
 
 
 def test_the_launcher_hands_on_what_earlier_attempts_have_learned(watch: Watch) -> None:
