@@ -18,7 +18,7 @@
 #   FLAG.gave_up   why another run is pointless; ends this with 93, as exit code 93 does
 #   FLAG.progress  the newest checkpoint's "step"
 #   FLAG.stop      asks COMMAND to save a checkpoint and exit; the next run resumes
-#   FLAG.bad_nodes those that the next job is to do without for a day: "host", "reason", "time"
+#   FLAG.bad_nodes those that the next job does without for a day: "host", "reason", "time"
 #   FLAG.runs      how each run started and ended
 #   FLAG.lock      locked during a run; FLAG.job: the job script
 #
@@ -259,7 +259,7 @@ run_command() {
   child=''
 }
 
-# Whether there is a checkpoint that is further than all of this job's before.
+# Whether there is a checkpoint further than all of this job's before.
 has_progressed() {
   local before=$step
   read_member step "$flag.progress" step

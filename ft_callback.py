@@ -5,8 +5,8 @@
 
 or, with `ft_launcher.py --ft-auto`, without a change to the script: see follow_every_fit.
 
-Tells the rank's monitor of steps, by heartbeats, and of all that may be slow, by sections. Works
-with `lightning` and `pytorch_lightning`, in `fit` alone. A step, here, is a trained batch.
+Tells the rank's monitor of steps (here: trained batches), by heartbeats, and of all that may be
+slow, by sections. Works with `lightning` and `pytorch_lightning`, in `fit` alone.
 
     hook                what it does; the section until the next hook
     setup               connects; "setup", or "resume" where a checkpoint had been saved
@@ -18,8 +18,7 @@ with `lightning` and `pytorch_lightning`, in `fit` alone. A step, here, is a tra
     state_dict          "checkpointing", or "awaiting_checkpoint" on ranks that do not write
     on_save_checkpoint  lets a validation that is stopped be repeated
     on_train_end        stops if asked; "finishing", which waits for asynchronous checkpoints
-    on_fit_end          tells if training is complete: the monitor creates the finished flag, with
-                        reason, step, epoch and time, when the script ends well
+    on_fit_end          tells if training is complete: reason, step, epoch and time for the flag
     teardown            "after_training", entered again with each test batch
     on_exception        tells of the exception; "after_training"
 
@@ -52,7 +51,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -114,9 +113,9 @@ LOGGER = f"{pl.__name__}.FaultToleranceCallback"  # whose lines appear as Lightn
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Lets a crash, a kill or a full disk at any moment leave a complete checkpoint.
 
-    A file is written beside its target and renamed; one that was superseded is removed when its
-    successor is there; in the place of a broken one the newest complete one is loaded. Remote
-    paths are left to Lightning. Works without the callback: Trainer(plugins=[AtomicCheckpointIO()])
+    A file is written beside its target and renamed; a superseded one is removed when its successor
+    is there; instead of a broken one, the newest complete one is loaded. Remote paths are left to
+    Lightning. Works without the callback: Trainer(plugins=[AtomicCheckpointIO()])
     """
 
     def __init__(self, is_async: bool = False) -> None:
@@ -250,10 +249,9 @@ def model_checkpoints(trainer: pl.Trainer) -> list[Any]:
     return [keeper for keeper in trainer.checkpoint_callbacks if hasattr(keeper, "every_n_epochs")]
 
 
-def last_keeper(trainer: pl.Trainer, is_kept: bool = False) -> Any:
-    """Whose last checkpoint ckpt_path="last" loads; `is_kept`: only one with save_last."""
-    keepers = model_checkpoints(trainer)
-    return next(iter([k for k in keepers if k.save_last] or keepers[: not is_kept]), None)
+def last_keeper(trainer: pl.Trainer) -> Any:
+    """Whose last checkpoint ckpt_path="last" loads, if one has save_last."""
+    return next((keeper for keeper in model_checkpoints(trainer) if keeper.save_last), None)
 
 
 def last_path(trainer: pl.Trainer, keeper: Any) -> str:
@@ -296,8 +294,8 @@ def obstacles(trainer: pl.Trainer, given: Mapping[str, Any], rolling: Path | Non
     if any(keeper.save_weights_only for keeper in keepers):
         yield "the last checkpoint has weights only: give ModelCheckpoint(save_weights_only=False)"
     # At an epoch's end, Lightning writes the last one only with another.
-    choosy = [k for k in keepers if k.save_top_k == 0 or (k.monitor and k.save_top_k > 0)]
-    if keepers and all(keeper in choosy and keeper.every_n_epochs for keeper in keepers):
+    choosy = [k.save_top_k == 0 or (k.monitor and k.save_top_k > 0) for k in keepers]
+    if keepers and all(choosy) and all(keeper.every_n_epochs for keeper in keepers):
         yield f"the last checkpoint is seldom written: {KEEP_LAST} without monitor"
     for callback in getattr(trainer, "callbacks", []):
         kind = type(callback)
@@ -313,7 +311,7 @@ def resumes_from(trainer: pl.Trainer, given: Mapping[str, Any], rolling: Path | 
     """Where a restart resumes, if there are no obstacles, and how often that is saved."""
     if rolling is not None:
         return f"{rolling}, saved every {save_minutes():g} minutes"
-    keeper = last_keeper(trainer, is_kept=True)
+    keeper = last_keeper(trainer)
     if given.get("ckpt_path") != "last" or keeper is None:
         return f"{given.get('ckpt_path')}, or what your script then gives"
     epochs, steps = keeper.every_n_epochs, keeper._every_n_train_steps
@@ -328,7 +326,7 @@ def why_not_resumed(trainer: pl.Trainer, checkpoint: str, given: Mapping[str, An
     paths = [str(keeper.dirpath) for keeper in model_checkpoints(trainer)]
     if os.path.dirname(checkpoint) not in [*paths, *map(os.path.realpath, paths)]:
         return f"this run looks in {paths}: give ModelCheckpoint one dirpath for all runs"
-    if last_keeper(trainer, is_kept=True) is None:
+    if last_keeper(trainer) is None:
         return f"no last checkpoint is kept: {KEEP_LAST}"
     loaded = trainer.ckpt_path or "nothing"
     return f'trainer.fit(ckpt_path={given.get("ckpt_path")!r}) loaded {loaded}: give it "last"'
@@ -338,8 +336,8 @@ def why_not_resumed(trainer: pl.Trainer, checkpoint: str, given: Mapping[str, An
 
 
 def follow_every_fit() -> list[Any]:
-    """What Lightning calls for each new Trainer, by the entry point of ft_launcher --ft-auto. Ours
-    is added not here, but by `fit`: Lightning has no hook before it chooses what to load."""
+    """Lightning calls this for each new Trainer, by the entry point of ft_launcher --ft-auto. Only
+    `fit` adds our callback: no hook comes before Lightning chooses what to load."""
     directory = os.environ.pop("FT_AUTO", None)  # not for processes that this one starts
     for name in PACKAGES:
         if directory and name in sys.modules:
@@ -410,7 +408,7 @@ class SimulatedFaultParams:
             raise ValueError(f"{self}: expected one of {kinds}, and numbers of at least 0")
 
     def schedule(self, trainer: pl.Trainer, logger: logging.Logger) -> None:
-        """All ranks draw the same numbers, other ones in each attempt: its port is a new one."""
+        """All ranks draw the same numbers, others in each attempt: its port is new."""
         attempt = [os.environ.get(name) for name in ("TORCHELASTIC_RUN_ID", "MASTER_PORT")]
         rng = random.Random(str(attempt))
         rank = rng.randrange(trainer.world_size) if self.rank_to_fail is None else self.rank_to_fail
@@ -435,7 +433,7 @@ class SimulatedFaultParams:
 class FaultToleranceCallback(pl.Callback):
     """Connects a Lightning training to its rank monitor. Argument names as NVIDIA's.
 
-    `autoresume`: tell when training is complete, so that autoresume.sh does not run it again.
+    `autoresume`: tell when training is complete, for autoresume.sh to end.
     `calculate_timeouts`: learn limits, kept in `exp_dir`, the same for all runs; by default
     ft_state in Trainer.log_dir, or beside its version_<N>.
     `exc_handling_policy`: is given what ended training, and may return a request to the launcher:
@@ -462,7 +460,7 @@ class FaultToleranceCallback(pl.Callback):
         self.exc_handling_policy = exc_handling_policy
         self.logger = logging.getLogger(logger_name)
         self._client = RankMonitorClient()
-        self._phase: str | None = None  # the section that the Trainer is in, if it is in one
+        self._phase: str | None = None  # the section that the Trainer is in
         self._inner: str | None = None  # a section within that
         self._fit = Fit()
 
@@ -495,10 +493,10 @@ class FaultToleranceCallback(pl.Callback):
         if self.has_trained:
             return
         given, rolling = self._fit.given, self.rolling
-        found, self._fit.may_try = list(obstacles(trainer, given, rolling)), trainer.is_global_zero
+        self._fit.may_try = trainer.is_global_zero
+        found = "; ".join(obstacles(trainer, given, rolling))
         if found and trainer.is_global_zero:
-            text = "if a rank fails now, TRAINING WILL NOT RESUME: %s"
-            self.logger.warning(text, "; ".join(found))
+            self.logger.warning("if a rank fails now, TRAINING WILL NOT RESUME: %s", found)
         elif trainer.is_global_zero:
             where = resumes_from(trainer, given, rolling)
             self.logger.info("if a rank fails now, training resumes from %s", where)
@@ -544,12 +542,10 @@ class FaultToleranceCallback(pl.Callback):
             self.logger.warning("no optimizer steps, as global_step says: no ModelCheckpoint saves")
         if fit.is_due():
             # Resuming would skip the validation or epoch's end that comes next.
-            progress = trainer.fit_loop.epoch_loop.batch_progress
-            counted = (
-                progress.total if trainer.check_val_every_n_epoch is None else progress.current
-            )
+            counts = trainer.fit_loop.epoch_loop.batch_progress
+            count = counts.total if trainer.check_val_every_n_epoch is None else counts.current
             every = trainer.val_check_batch or math.inf
-            is_next = counted.ready % every == 0 or trainer.is_last_batch
+            is_next = count.ready % every == 0 or trainer.is_last_batch
             self._stop_if_asked(trainer, is_apt=not is_next)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -612,10 +608,10 @@ class FaultToleranceCallback(pl.Callback):
         if reason is None and self._fit.batches == 0 and trainer.is_global_zero:
             self.logger.warning("no batch was trained, so training is not complete")
         if self.autoresume and reason is not None and trainer.is_global_zero:
-            step, stamp = batches_done(trainer), time.strftime("%Y-%m-%dT%H:%M:%S%z")
+            step, epoch = batches_done(trainer), trainer.current_epoch
             self.logger.info("training is complete at step %d: %s", step, reason)
-            values = {"step": step, "epoch": trainer.current_epoch, "time": stamp}
-            self._client.training_complete(reason=reason, **values)
+            stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+            self._client.training_complete(reason=reason, step=step, epoch=epoch, time=stamp)
 
     def teardown(self, *args: Any, **kwargs: Any) -> None:
         self._be_in(AFTER_TRAINING)
@@ -697,7 +693,7 @@ class FaultToleranceCallback(pl.Callback):
         if self.rolling is not None and not (is_plain and type(io) is AtomicCheckpointIO):
             self.rolling = None
             if trainer.is_global_zero:
-                kind = type(strategy if not is_plain else io).__name__
+                kind = type(io if is_plain else strategy).__name__
                 self.logger.warning("--ft-auto keeps no checkpoints: %s has its own way", kind)
 
     @contextlib.contextmanager
@@ -711,7 +707,7 @@ class FaultToleranceCallback(pl.Callback):
         try:
             progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
             step = progress["total"]["processed"]
-            if self.rolling is not None and str(path) != str(self.rolling):
+            if self.rolling not in (None, path):
                 return  # restarts do not resume there
             if step > 0 and "optimizer_states" in checkpoint:
                 self._client.report_saved(step, where)
@@ -750,11 +746,10 @@ class FaultToleranceCallback(pl.Callback):
             step, checkpoint = int(noted["step"]), str(noted["checkpoint"])
         except (OSError, *BROKEN):
             return
-        keeper = None if self.rolling else last_keeper(trainer, is_kept=True)
-        path = last_path(trainer, keeper) if keeper else ""
-        newest = restore_last(path) if keeper else None
-        if newest is not None:
-            raise RuntimeError(f"{path} was missing: linked {newest}, for a restart to resume")
+        if not self.rolling and (keeper := last_keeper(trainer)):
+            path = last_path(trainer, keeper)
+            if newest := restore_last(path):
+                raise RuntimeError(f"{path} was missing: linked {newest}, for a restart to resume")
         self.logger.warning(
             "*** TRAINING STARTS AT STEP 0 ALTHOUGH STEP %d WAS SAVED ***\n*** in %s\n*** %s",
             step, checkpoint, why_not_resumed(trainer, checkpoint, self._fit.given),
@@ -771,9 +766,8 @@ class FaultToleranceCallback(pl.Callback):
         is_late = by in ("SIGTERM", "SIGINT") and now - fit.asked_at > grace / 2
         rate = fit.stride / (now - fit.asked_at + 1e-3)
         stride = min(int(rate * STOP_CHECK_SECONDS), STOP_CHECK_BATCHES, 2 * fit.stride)
-        is_due = trainer.is_global_zero and self.rolling is not None
-        is_due = is_due and now > fit.saved_at + 60 * save_minutes()
-        answer = [by is not None, is_due, is_late, not is_same, stride]
+        is_due = self.rolling is not None and now > fit.saved_at + 60 * save_minutes()
+        answer = [by is not None, is_due and trainer.is_global_zero, is_late, not is_same, stride]
         answers = torch.tensor(answer, device=strategy.root_device)
         stopping, due, late, unlike, strides = strategy.reduce(answers, reduce_op="sum").tolist()
         fit.is_asked = stopping + due > 0
@@ -793,27 +787,28 @@ class FaultToleranceCallback(pl.Callback):
         by, flag = self._client.stop_requested(), os.environ.get(FLAG_VARIABLE)
         if flag and trainer.is_global_zero:
             file = f"{flag}.stop"
-            is_there = within(LOOK_SECONDS, lambda: os.path.exists(file)) is True
-            by = by or (file if is_there else None)
+            if within(LOOK_SECONDS, lambda: os.path.exists(file)) is True:
+                by = by or file
         is_ending = trainer.should_stop and getattr(trainer.fit_loop, "_can_stop_early", True)
         return None if is_ending else by
 
     def _save(self, trainer: pl.Trainer, is_needed: bool = False) -> str:
         """For a next run to resume there; what it is, in words."""
-        keeper, io = last_keeper(trainer), cast(Any, trainer.strategy.checkpoint_io)
+        keeper = last_keeper(trainer) or next(iter(model_checkpoints(trainer)), None)
         if self.rolling is not None:
+            io: Any = trainer.strategy.checkpoint_io
             io.dispensable = "" if is_needed else str(self.rolling)
-            path, text = str(self.rolling), "saved %s, where the next run resumes"
+            path, who = str(self.rolling), "the next run"
         elif keeper is not None:  # which in a next run, too, writes there and not beside it
             path = keeper.last_model_path = last_path(trainer, keeper)
-            text = 'saved %s, where ckpt_path="last" resumes'
+            who = 'ckpt_path="last"'
         else:
             return "nothing saved: there is no ModelCheckpoint"
         inner, self._fit.is_saving = self._inner, True
         trainer.save_checkpoint(path, weights_only=False)
         self._fit.is_saving, self._fit.saved_at = False, time.monotonic()
         self._be_in(self._phase, inner)  # hooks of others follow
-        return text % path
+        return f"saved {path}, where {who} resumes"
 
     def _stop(self, trainer: pl.Trainer, by: str, is_amid: bool) -> None:
         what = self._save(trainer, is_needed=True)

@@ -6,15 +6,15 @@
     python ft_launcher.py --ft-status [RUN_DIR]    how the ranks of a run on this host do
     python ft_launcher.py --ft-report [RUN_DIR]    what became of each attempt
 
-Takes every option of torchrun, and those that begin with --ft. One runs on each node, and starts
+Takes torchrun's options, and those that begin with --ft. On each node, one starts
 `ft_monitor.py -- python -u train.py` where torchrun would start `python -u train.py`. torch's own
-agent does the rendezvous and counts restarts. FaultToleranceAgent adds what it lacks: survivors of
-a failed rank are killed at once, each end is explained, and there is no restart where
+agent does the rendezvous and counts restarts; FaultToleranceAgent kills survivors of a failed rank
+at once, explains each end, and does not restart where
     --ft-max-no-progress-cycles attempts in a row have saved no new checkpoint,
     the same exception came from the same line twice, with no new step in between: a bug,
-    a rank asked for the shutdown of the workload, or to leave this node out.
+    a rank asked for ShutdownWorkload, or on this node for ExcludeThisNode.
 
-Files in FT_RUN_DIR, a directory of this launcher's own (variables: see ft_monitor.py)
+Files in FT_RUN_DIR, this launcher's own (variables: see ft_monitor.py)
     attempt_<n>/      the monitors' reports and stacks of ranks
     latest            link to the newest attempt
     incidents.jsonl   one line for each attempt that has ended; then all is copied to FLAG.evidence
@@ -26,7 +26,7 @@ Exit codes
     0      the workers ended well, or training was complete, or other nodes go on without this one
     1      they failed, and the restarts are used up, or the nodes lost each other
     2      wrong usage; nothing was started
-    93     do not run this again; the reason is in the file $FAULT_TOL_FINISHED_FLAG_FILE.gave_up
+    93     do not run this again; the reason is in $FAULT_TOL_FINISHED_FLAG_FILE.gave_up
     128+N  ended by signal N
 """
 
@@ -52,7 +52,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,19 +122,19 @@ KEPT_RUNS = 20  # the newest, in each place
 HEALTH_CHECK_SECONDS = 60.0
 HOOK_SECONDS = 10
 RENDEZVOUS_TRIES = 3  # for a node that is lost as the nodes meet
-SPARE_SECONDS = 3.0  # that a place stays free for a node that restarts, before a spare takes it
+SPARE_SECONDS = 3.0  # that a spare leaves a free place to a node that restarts
 LISTEN_SECONDS = 1.0  # between looks for what other nodes tell
 HEAR_SECONDS = 3.0  # how long a node stays at a job's end, as it may host the store
 STOP_MARGIN_SECONDS = 20  # that a monitor may take after its rank's grace: SIGKILL, reaping
-# What nodes tell each other, as keys in the store of each round of the rendezvous.
+# What nodes tell each other: keys in the store of each rendezvous.
 OVER = "ft_over"  # the job is, and why; empty where restarts are used up
 AGAIN = "ft_again"  # a node has failed, left, or JOINED: all start again
 JOINED = "joined"
 ENDED = "ft_ended"  # with a node's number: how the attempt ended there
 COUNT = "ft_count"  # of the nodes where it has
-JUDGES = "ft_judges"  # number of nodes that would not wait longer; the first judges
+JUDGES = "ft_judges"  # nodes that would not wait longer; the first judges
 VERDICT = "ft_verdict"  # how it ended on all nodes
-SPEAKERS = "ft_speakers"  # number of nodes that know it; the first tells the world
+SPEAKERS = "ft_speakers"  # nodes that know it; the first tells the world
 RENAMED = {  # NVIDIA's flags
     "fault-tol-cfg-path": "--ft-cfg-path",
     "term-timeout": "--shutdown-timeout",
@@ -147,12 +147,12 @@ RENAMED = {  # NVIDIA's flags
 
 @dataclasses.dataclass
 class RestartPolicy:
-    """Decides from how the attempts of this launcher ended whether one more makes sense. No I/O."""
+    """Decides from how attempts ended whether one more makes sense. No I/O."""
 
     max_no_progress: int  # attempts in a row; 0 is no limit
-    no_progress: int = 0  # attempts in a row, so far
+    no_progress: int = 0  # so far
     saved: int = -1  # step of the newest checkpoint
-    step: int = -1  # the highest that any attempt reached
+    step: int = -1  # the highest of any attempt
     error: str | None = None  # that ended the last attempt, see bug_of()
     needs_connection: bool = False  # or else FLAG, which there is, would never be created
 
@@ -249,7 +249,7 @@ class Job:
     state: State = dataclasses.field(default_factory=State)
 
     def has_file(self, suffix: str = "") -> bool:
-        """Whether FLAG is there, which says that training is complete, or a file beside it."""
+        """Whether FLAG, or a file beside it, is there."""
         exists = functools.partial(os.path.exists, f"{self.flag or ''}{suffix}")
         return ft_monitor.within(ft_monitor.FILE_SECONDS, exists) is True
 
@@ -267,7 +267,7 @@ class Job:
             prune(copies)
 
     def learn(self, reports: Sequence[Report]) -> None:
-        """Keep what an attempt has learned, for the next one and for later runs."""
+        """Keep what an attempt has learned, for the next and for later runs."""
         if not any(report.calculate for report in reports):
             return
         path = next((report.state_file for report in reports if report.state_file), None)
@@ -358,9 +358,8 @@ class FaultToleranceAgent(LocalElasticAgent):
         os.environ["FT_SHUTDOWN_TIMEOUT"] = str(self._shutdown_timeout)
         # One request a second to the store, which hears all nodes.
         join = functools.partial(self._let_join, spec.rdzv_handler.num_nodes_waiting)
-        looks = itertools.cycle([self._has_to_restart] * 4 + [join])
-        count = functools.partial(self._count_waiting, looks)
-        spec.rdzv_handler.num_nodes_waiting = count  # type: ignore[method-assign]
+        self._looks = itertools.cycle([self._has_to_restart] * 4 + [join])
+        spec.rdzv_handler.num_nodes_waiting = self._count_waiting  # type: ignore[method-assign]
 
     def run(self, *args: Any, **kwargs: Any) -> RunResult:
         try:
@@ -390,12 +389,12 @@ class FaultToleranceAgent(LocalElasticAgent):
                     raise
                 self._job.log.warning("a node was lost as the nodes met: meeting again")
 
-    def _count_waiting(self, looks: Iterator[Callable[[], int]]) -> int:
+    def _count_waiting(self) -> int:
         """The nodes that torch is to restart workers for: those that wait, or have left."""
         if time.monotonic() < self._listened + LISTEN_SECONDS:
             return 0
         self._listened = time.monotonic()
-        return next(looks)()
+        return next(self._looks)()
 
     def _let_join(self, count: Callable[[], int]) -> int:
         number = count()
@@ -492,8 +491,7 @@ class FaultToleranceAgent(LocalElasticAgent):
     def _verdict(self, own: Evidence) -> Incident:
         """How the attempt ended on all nodes; or on this one, where their store is lost."""
         handler: Any = self._worker_group.spec.rdzv_handler
-        patience = self._job.config.workers_stop_timeout + STOP_MARGIN_SECONDS
-        deadline = time.monotonic() + patience
+        deadline = time.monotonic() + self._job.config.workers_stop_timeout + STOP_MARGIN_SECONDS
 
         def wait(store: Any) -> Any:
             while not store.check([VERDICT]):
@@ -562,42 +560,38 @@ class FaultToleranceAgent(LocalElasticAgent):
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = self._well or super()._monitor_workers(worker_group)
         job = self._job
-        has_failed = result.state not in (WorkerState.HEALTHY, WorkerState.SUCCEEDED)
-        if has_failed and self._told(AGAIN) == JOINED:  # another node's ranks were ended for that
-            return RunResult(WorkerState.HEALTHY)
         if result.state == WorkerState.SUCCEEDED:
             return self._end_with_all(result)
-        if has_failed and job.is_complete():
+        if result.state == WorkerState.HEALTHY:
+            return result
+        if self._told(AGAIN) == JOINED:  # another node's ranks were ended for that
+            return RunResult(WorkerState.HEALTHY)
+        if job.is_complete():
             job.log.warning("ranks failed, but training is complete: %s exists", job.flag)
             ranks = [worker.global_rank for worker in worker_group.workers]
             return RunResult(WorkerState.SUCCEEDED, dict.fromkeys(ranks))
-        if has_failed:
-            self._decide(Outcome.FAILED)
+        self._decide(Outcome.FAILED)
         return result
 
     def _end_with_all(self, result: RunResult) -> RunResult:
-        """Ranks that have ended well are reported as healthy until those of all nodes have.
-
-        Otherwise torch would only wait for them, deaf to those that failed and want a restart.
-        """
+        """Report ranks that ended well as healthy until those of all nodes have: else torch would
+        only wait for them, deaf to those that failed and want a restart."""
         if self._well is None:
-            evidence = self._gather(Outcome.WELL)
-            reason = requested(evidence, WorkloadAction.ShutdownWorkload)
+            reason = requested(self._gather(Outcome.WELL), WorkloadAction.ShutdownWorkload)
             if reason and not self._job.is_complete():
                 self._end_job(reason)
             self._well, self._wait_until = result, time.monotonic() + self._exit_barrier_timeout
         elif time.monotonic() < self._listened + LISTEN_SECONDS:
             return RunResult(WorkerState.HEALTHY)
-        is_over = self._job.is_complete() or time.monotonic() > self._wait_until
         if self._told(VERDICT) is not None and self._told(AGAIN) is None:
             self._exit_barrier_timeout = HEAR_SECONDS  # torch's, which stopped nodes never reach
-        elif not is_over:
+        elif not (self._job.is_complete() or time.monotonic() > self._wait_until):
             return RunResult(WorkerState.HEALTHY)
         self._close_rendezvous()
         return result
 
     def _stop_workers(self, worker_group: WorkerGroup, *args: Any, **kwargs: Any) -> None:
-        """Called before a restart, also where ranks are well, and another node's are not."""
+        """Called before a restart, also for another node's sake."""
         super()._shutdown(None)  # type: ignore[arg-type]  # at once: see _close()
         self._decide(Outcome.ELSEWHERE)
 
@@ -625,24 +619,23 @@ class FaultToleranceAgent(LocalElasticAgent):
             outcome = Outcome.ELSEWHERE if state == WorkerState.FAILED else Outcome.WELL
             self._note(self._incident(self._gather(outcome)))
         if len(self._job.incidents) > 1:  # of one, its verdict tells all
-            log.info("%s", ft_monitor.render_report(self._job.incidents))
+            log.info(ft_monitor.render_report(self._job.incidents))
 
     def _gather(self, outcome: Outcome) -> Evidence:
         """How the attempt ended on this node, which the others are told, once."""
         if self._evidence is not None:
             return self._evidence
-        within = functools.partial(ft_monitor.within, ft_monitor.FILE_SECONDS)
 
         def read() -> tuple[list[Report], dict[int, Place]]:
             reports = ft_monitor.read_reports(self._directory)
             return reports, ft_monitor.read_places(self._directory, reports)
 
-        found = within(read)
+        found = ft_monitor.within(ft_monitor.FILE_SECONDS, read)
         reports, places = found if isinstance(found, tuple) else ([], {})
         group = self._worker_group
         if sum(bool(report.pid and report.ended) for report in reports) < len(group.workers):
-            # A monitor was killed. What its rank has left descends from us now, a subreaper, as
-            # may what a wrapper has started before, which lacks the mark.
+            # A monitor was killed: what its rank has left descends from us now, a subreaper. The
+            # mark spares what a wrapper has started before.
             ft_monitor.kill_descendants(b"FT_RUN_DIR=" + os.fsencode(self._job.run_dir))
         if outcome == Outcome.ELSEWHERE and any(
             report.request or ft_monitor.raised_by_itself(report) for report in reports
@@ -657,7 +650,6 @@ class FaultToleranceAgent(LocalElasticAgent):
 
     def _incident(self, *parts: Evidence) -> Incident:
         outcomes = [part.outcome for part in parts]
-        places = {rank: place for part in parts for rank, place in part.places.items()}
         workers = self._worker_group.workers
         return ft_monitor.make_incident(
             self._attempt,
@@ -666,7 +658,7 @@ class FaultToleranceAgent(LocalElasticAgent):
             reports=[report for part in parts for report in part.reports],
             outcome=Outcome.FAILED if Outcome.FAILED in outcomes else outcomes[0],
             world=workers[0].world_size if workers else None,
-            places=places,
+            places={rank: place for part in parts for rank, place in part.places.items()},
         )
 
     def _note(self, incident: Incident) -> None:
@@ -696,7 +688,7 @@ class FaultToleranceAgent(LocalElasticAgent):
             call_hook(job.hook, {**dataclasses.asdict(incident), "text": text})
 
     def _decide(self, outcome: Outcome) -> None:
-        """At the end of an attempt: explain it, and end the job if a restart would lead nowhere."""
+        """Explain how an attempt ended, and end the job if a restart would lead nowhere."""
         if self._is_noted:
             return
         if outcome == Outcome.FAILED:
@@ -713,7 +705,7 @@ class FaultToleranceAgent(LocalElasticAgent):
         if reason or leave:
             what_next = f"not restarting: {reason}" if reason else "this node leaves the job"
         text = ft_monitor.explain(incident, str(self._directory), what_next)
-        self._job.log.error("%s", text)
+        self._job.log.error(text)
         if is_failure:
             self._spread(incident, text, is_over=bool(reason))
         if leave and not reason:
@@ -726,7 +718,8 @@ class FaultToleranceAgent(LocalElasticAgent):
 
 def call_hook(command: str, values: dict[str, Any]) -> None:
     """Nobody waits for it, and it may outlive this launcher: it lacks the mark of ranks."""
-    environment = {name: x for name, x in os.environ.items() if name != "FT_RUN_DIR"}
+    environment = dict(os.environ)
+    environment.pop("FT_RUN_DIR", None)
     bounded = ["timeout", "-k1", str(HOOK_SECONDS), "/bin/sh", "-c", command]
     with tempfile.TemporaryFile() as text:
         text.write(ft_monitor.to_text(values).encode())
@@ -735,7 +728,7 @@ def call_hook(command: str, values: dict[str, Any]) -> None:
 
 
 def check_node(command: str, run_dir: Path) -> str | None:
-    """Run a health check of this node; return what is wrong, in one line, or None.
+    """Check this node; return what is wrong, in one line, or None.
 
     Its monitor kills all that it leaves. A pipe for its output would be waited for: a file is not.
     """
@@ -797,15 +790,13 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[Job, Any]:
-    """The job, and what torch makes of its options: configuration, entry point, arguments.
-
-    Ends with exit code 2, and one line, for a command line that is wrong.
-    """
+    """The job; torch's configuration, entry point and arguments. Ends with 2 for wrong usage."""
     parser = get_args_parser()
     args = parser.parse_args(argv)
     name = f"{time.strftime('%Y%m%d-%H%M%S')}_{os.uname().nodename}_{os.getpid()}"
     run_dir = Path(args.ft_run_dir).absolute() / name
-    flag = os.environ.get(FLAG_VARIABLE) and os.path.abspath(os.environ[FLAG_VARIABLE])
+    given = os.environ.get(FLAG_VARIABLE)
+    flag = os.path.abspath(given) if given else None
     log = ft_monitor.Log("ft_launcher")
     try:
         config = FaultToleranceConfig.from_args(args)
@@ -826,22 +817,20 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Job, Any]:
         parser.error(" ".join(str(error).split()))
     policy = RestartPolicy(args.ft_max_no_progress_cycles, needs_connection=flag is not None)
     flag = None if flag is None or os.path.exists(flag) else flag
-    check = args.ft_node_health_check
-    hook, run_id = args.ft_on_incident, launch[0].run_id
-    return Job(run_dir, config, log, policy, check, hook, flag, run_id, auto), launch
+    check, hook = args.ft_node_health_check, args.ft_on_incident
+    return Job(run_dir, config, log, policy, check, hook, flag, launch[0].run_id, auto), launch
 
 
 def check_script(args: argparse.Namespace) -> None:
     """Find out before the start what every rank of every attempt would fail with."""
     script, what = args.training_script, "script"
+    found: object = os.path.isfile(script) or os.path.isfile(os.path.join(script, "__main__.py"))
     if args.no_python and not args.run_path:
-        what, is_found = "command", shutil.which(script) is not None
+        what, found = "command", shutil.which(script)
     elif args.module:
         sys.path.append(os.getcwd())  # where ranks look too
-        what, is_found = "module", importlib.util.find_spec(script.partition(".")[0]) is not None
-    else:
-        is_found = os.path.isfile(script) or os.path.isfile(os.path.join(script, "__main__.py"))
-    if not is_found:
+        what, found = "module", importlib.util.find_spec(script.partition(".")[0])
+    if not found:
         raise ConfigError(f"{what} {script!r} not found in {os.getcwd()}: is it spelt right?")
 
 
@@ -897,35 +886,33 @@ def begin_auto(auto: dict[str, str], run_dir: Path, log: ft_monitor.Log) -> None
     directory, flag = Path(auto["FT_AUTO"]), Path(auto[FLAG_VARIABLE])
     directory.mkdir(parents=True, exist_ok=True)
     is_over = flag.parent == directory and flag.exists()  # nobody but us would remove that
-    for path in directory.iterdir() if is_over else ():
-        if path.is_file() and (path.name.startswith(flag.name) or path.suffix == ".ckpt"):
-            path.unlink()
     if is_over:
+        for path in directory.iterdir():
+            if path.is_file() and (path.name.startswith(flag.name) or path.suffix == ".ckpt"):
+                path.unlink()
         log.info("the training before was complete: starting a new one in %s", directory)
     elif any(directory.glob("*.ckpt")):
         log.info("resuming the training in %s (to start anew, remove that)", directory)
     plugin = run_dir / "plugin" / "ft_auto-0.dist-info"  # as pip would install
     plugin.mkdir(parents=True)
     (plugin / "METADATA").write_text("Metadata-Version: 2.1\nName: ft-auto\nVersion: 0\n")
-    groups = [f"[{name}.callbacks_factory]" for name in ("lightning.pytorch", "pytorch_lightning")]
-    entry = "ft_auto = ft_callback:follow_every_fit"
-    (plugin / "entry_points.txt").write_text("".join(f"{group}\n{entry}\n" for group in groups))
+    names = "lightning.pytorch", "pytorch_lightning"
+    entry = "[{}.callbacks_factory]\nft_auto = ft_callback:follow_every_fit\n"
+    (plugin / "entry_points.txt").write_text("".join(map(entry.format, names)))
 
 
 def lock_flag(flag: str, rendezvous: str) -> None:
-    """Let no other training on this host have this finished flag, as long as this process lives.
+    """Let no other training on this host have this finished flag while this process lives.
     Launchers of one rendezvous share it."""
     name = hashlib.sha256(os.fsencode(flag)).hexdigest()[:16]
     directory = Path(ft_monitor.default_run_dir())
     try:
         directory.mkdir(mode=0o700, exist_ok=True)
         lock = os.open(directory / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
+        with contextlib.suppress(BlockingIOError):  # another has it
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.ftruncate(lock, 0)
             os.write(lock, f"{os.getpid()} {rendezvous}".encode())
-        except BlockingIOError:
-            pass  # another has it
         fcntl.flock(lock, fcntl.LOCK_SH)  # the other has written, then
         pid, _, holder = os.pread(lock, 1000, 0).decode().partition(" ")
     except OSError:
@@ -999,7 +986,7 @@ def check_end(job: Job) -> None:
 
 
 def run(job: Job, launch: Any) -> int:
-    """Launch, and turn what comes of it into an exit code."""
+    """Launch, and return the exit code."""
     log = job.log
     try:
         launch_workers(job, *launch)

@@ -17,11 +17,11 @@ Environment, from the launcher; the last three from the monitor
     FT_SHUTDOWN_TIMEOUT  seconds that a stopped rank has to end
     RANK                 the rank's number; or SLURM_PROCID, or 0
     FT_MONITOR_PID       its process
-    FT_MONITOR_FD        its file descriptor for the pipe's write end
-    FT_STACKS_FD         its file descriptor for stacks, in memory
+    FT_MONITOR_FD        its descriptor for the pipe's write end
+    FT_STACKS_FD         its descriptor for stacks, in memory
 
-Messages: one JSON object a line, at most 4,096 bytes, from the rank to the monitor only. Each has
-its `type` and `time`, so that a late look measures right.
+Messages: one JSON object a line, at most 4,096 bytes, from rank to monitor only. Each has its
+`type` and `time`: a late look measures right.
     type       fields                 meaning
     init       calculate, state_file  connected; are limits learned, and where are they kept?
     heartbeat  step                   alive, with so many batches done, or null
@@ -38,8 +38,8 @@ its `type` and `time`, so that a late look measures right.
 
 Clocks: an idle one, or one for each open section; the first that runs out decides. If limits are
 learned, it is the longest time survived times safety_factor, at least min_timeout or a shorter
-configured limit: from 16 heartbeats, or one section, on. Else it is the configured one; or else,
-where any limit is configured or learned, unknown_timeout.
+configured limit: from 16 heartbeats, or one section, on. Else it is the configured one; else, where
+any is configured or learned, unknown_timeout.
     clock                           runs from                   to
     startup_timeout                 process start               init
     initial_rank_heartbeat_timeout  init                        first heartbeat or section
@@ -54,8 +54,8 @@ How a rank is ended
     a clock ran out                   stacks, termination signal to its processes, SIGKILL after 5 s
     SIGTERM, SIGINT, SIGHUP, SIGQUIT  SIGTERM, or SIGINT; SIGKILL after the shutdown timeout,
                                       or at once at a SIGINT while it is ending
-    SIGABRT, as a peer failed;        stacks, SIGKILL; a checkpoint that is being saved may be
-    or the launcher died              finished, within workers_stop_timeout
+    SIGABRT, as a peer failed;        stacks, SIGKILL; a checkpoint being saved may be finished,
+    or the launcher died              within workers_stop_timeout
     SIGUSR1, SIGUSR2                  passed on to the rank; nothing is ended
     the rank ended by itself          SIGKILL to what it has left, in whatever session
 """
@@ -80,14 +80,16 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
     from typing import Any, NoReturn
 
     Seconds = float | None
+    StrPath = str | os.PathLike[str]
 
 MAX_MESSAGE_BYTES = 4096  # PIPE_BUF on Linux: a write of this size is whole or fails
 MIN_HEARTBEATS = 16  # before their limit is learned
-FADE = 0.8  # of what was learned, from run to run, so that outliers fade
-READ_SECONDS = 0.1  # between looks at the pipe, which takes 1,000 heartbeats in between
+FADE = 0.8  # of what was learned, from run to run: outliers fade
+READ_SECONDS = 0.1  # between looks at the pipe, which holds 1,000 heartbeats
 REPORT_SECONDS = 1.0  # between reports
 TERMINATION_SECONDS = 5.0  # from the termination signal of a hung rank to SIGKILL
 REAP_SECONDS = 10.0  # from SIGKILL to giving up on what the kernel does not end
@@ -107,7 +109,7 @@ PARENT_DIED = signal.SIGURG  # ignored by default, so a stray one is harmless
 PEER_FAILED = signal.SIGABRT
 STACKS_SIGNAL = signal.SIGRTMAX - 7  # of no runtime that we know: Go's is SIGURG, Java's SIGQUIT
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-USER_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)  # a monitor passes them on
+USER_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
 SAVE_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # to a rank: save, and end
 
 FLAG_VARIABLE = "FAULT_TOL_FINISHED_FLAG_FILE"
@@ -217,8 +219,8 @@ class FaultToleranceConfig:
                 raise ConfigError(f"unknown setting {name!r}; did you mean {close!r}?")
         if others:
             warn(f"ignoring settings that have no meaning here: {', '.join(others)}")
-        given: dict[str, Any] = {n: "none" if x is None else x for n, x in values.items()}
-        return cls(**{name: given[name] for name in names if name in given})
+        given: Any = {n: "none" if x is None else x for n, x in values.items() if n in names}
+        return cls(**given)
 
     @classmethod
     def load(cls, path: str | None = None) -> FaultToleranceConfig:
@@ -243,8 +245,8 @@ class FaultToleranceConfig:
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> FaultToleranceConfig:
         """Flags beat the file of --ft-cfg-path, or FT_CONFIG without one; these the defaults."""
-        flags = {name: getattr(args, f"ft_{name}") for name in cls.__dataclass_fields__}
-        given: Any = {name: value for name, value in flags.items() if value is not None}
+        names = cls.__dataclass_fields__
+        given: Any = {name: x for name in names if (x := getattr(args, f"ft_{name}")) is not None}
         return dataclasses.replace(cls.load(args.ft_cfg_path), **given)
 
     @staticmethod
@@ -259,15 +261,13 @@ class FaultToleranceConfig:
         return group
 
     def to_json(self) -> str:
-        return json.dumps(
-            {k: v for k, v in dataclasses.asdict(self).items() if v not in (None, {})}
-        )
+        return json.dumps({k: v for k, v in vars(self).items() if v not in (None, {})})
 
     def limits(self) -> dict[str, float]:
         """The configured limits in seconds, by clock."""
         clocks = {name: getattr(self, name) for name in (STARTUP, *IDLE, EXIT)}
         clocks |= {section_clock(name): x for name, x in self.rank_section_timeouts.items()}
-        return {clock: seconds for clock, seconds in clocks.items() if seconds is not None}
+        return {clock: seconds for clock, seconds in clocks.items() if seconds}
 
     def is_watching(self) -> bool:
         """Whether any limit is configured; if so, unknown_timeout is for the rest."""
@@ -364,7 +364,7 @@ class Inbox:
         self._rest = self._rest[:MAX_MESSAGE_BYTES]  # enough to see that it is too long
         messages = list(map(decode_message, lines))
         self.skipped += messages.count(None)
-        return [message for message in messages if message is not None]
+        return list(filter(None, messages))
 
 
 # -------------------------------------------------------------------------------------- clocks
@@ -422,7 +422,7 @@ class Clocks:
             for clock, seconds in message["longest"].items():
                 self.earlier[clock] = max(seconds, self.earlier.get(clock, 0.0))
         elif kind == "error":  # what it was waiting for may have hung: not a time survived
-            self.running = dict.fromkeys(self.running, at)
+            self.restart(at)
         elif kind == "shutdown":
             self._stop([*self.running], at)
         elif kind == "bye":
@@ -439,12 +439,9 @@ class Clocks:
                 self.laps[clock] += 1
 
     def restart(self, now: float) -> None:
-        """Start what runs again, after a time in which nothing could run."""
+        """Start what runs again: the time before does not count."""
         self.heard = now  # not what is still in the pipe
         self.running = dict.fromkeys(self.running, now)
-
-    def _survived(self, clock: str) -> float:
-        return max(self.longest.get(clock, 0.0), self.earlier.get(clock, 0.0))
 
     def is_learned(self, clock: str) -> bool:
         """Whether enough was seen for a learned limit."""
@@ -457,10 +454,11 @@ class Clocks:
     def limit(self, clock: str) -> float:
         """The seconds that a clock may run, or infinity."""
         config, configured = self.config, self.configured.get(clock)
-        learned = config.safety_factor * self._survived(clock)
+        survived = max(self.longest.get(clock, 0.0), self.earlier.get(clock, 0.0))
+        learned = config.safety_factor * survived
         if self.is_learned(clock):
             return max(learned, min(config.min_timeout, configured or math.inf))
-        if configured is not None:
+        if configured:
             return configured
         if not (self.learns or config.is_watching()):
             return math.inf
@@ -470,8 +468,7 @@ class Clocks:
     def limits(self) -> dict[str, float]:
         """The finite limits, by clock."""
         names = {*self.configured, *self.running, *self.longest, *self.earlier}
-        limits = {name: round(self.limit(name), 3) for name in sorted(names)}
-        return {name: seconds for name, seconds in limits.items() if math.isfinite(seconds)}
+        return {x: round(limit, 3) for x in sorted(names) if math.isfinite(limit := self.limit(x))}
 
     def first(self) -> tuple[str, float]:
         """The clock that runs out first, and when; ("", infinity) if none does."""
@@ -536,15 +533,13 @@ class Report:
         self.rank, self.end = int(self.rank), End(self.end)
 
     @classmethod
-    def read(cls, path: str | os.PathLike[str]) -> Report:
+    def read(cls, path: StrPath) -> Report:
         """Raises OSError, or ValueError for what is no report."""
         try:
             with open(path, encoding="utf-8") as file:
-                values = json.load(file)
-            report = cls(**values)
+                return cls(**json.load(file))
         except BROKEN as error:
             raise ValueError(f"{path} holds no report: {error!r}") from None
-        return report
 
 
 def parse_longest(values: Any) -> dict[str, float]:
@@ -563,7 +558,7 @@ class State:
     run: str = ""  # that wrote last, on whichever node
 
     @classmethod
-    def read(cls, path: str | os.PathLike[str]) -> State:
+    def read(cls, path: StrPath) -> State:
         """Empty if there is no file yet. Raises OSError, or ConfigError for what is no state."""
         try:
             with open(path, encoding="utf-8") as file:
@@ -579,31 +574,27 @@ class State:
     def after(self, reports: Sequence[Report], run: str) -> State:
         """This state, and what an attempt adds: what other runs saw of the same clocks fades.
 
-        A limit that ended ranks twice with no new step in between counts as survived, so that the
-        next is longer: if it was a real hang, the next is noticed later.
+        A limit that ended ranks twice with no new step in between counts as survived: the next is
+        longer, and a real hang is noticed later.
         """
         fade = 1.0 if run == self.run else FADE
         highest = max((report.step for report in reports if report.step is not None), default=-1)
-        killed = {clock: x for clock, x in self.killed.items() if x[0] >= highest}
+        before = {clock: x for clock, x in self.killed.items() if x[0] >= highest}
+        killed = dict(before)
         longest: dict[str, float] = {}
         for report in reports:
             survived = dict(report.longest)
-            # Not on another node in the same attempt.
-            if (
-                report.hung_on in killed
-                and (report.started or math.inf) > killed[report.hung_on][1]
-            ):
-                survived[report.hung_on] = report.waited or 0.0
+            if report.hung_on:
+                step, ended = before.get(report.hung_on, (highest, math.inf))
+                if (report.started or math.inf) > ended:  # not on another node in the same attempt
+                    survived[report.hung_on] = report.waited or 0.0
+                killed[report.hung_on] = step, report.ended or 0.0
             for clock, seconds in survived.items():
                 known = longest.get(clock, round(self.longest.get(clock, 0.0) * fade, 3))
                 longest[clock] = max(seconds, known)
-        for report in reports:
-            if report.hung_on:
-                step, _ = killed.get(report.hung_on, (highest, 0.0))
-                killed[report.hung_on] = max(step, highest), report.ended or 0.0
         return State({**self.longest, **longest}, killed, run)
 
-    def write(self, path: str | os.PathLike[str]) -> None:
+    def write(self, path: StrPath) -> None:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         write_file(path, to_text(dataclasses.asdict(self), indent=2))
 
@@ -639,8 +630,6 @@ class RankMonitorClient:
     not read, heartbeats are dropped, and all else is kept for later. A copy is a new client.
     """
 
-    _protects_workers = False  # in this process
-
     def __init__(self) -> None:
         self.is_initialized = False
         self.cfg: FaultToleranceConfig | None = None  # once connected
@@ -661,7 +650,7 @@ class RankMonitorClient:
         self,
         num_warmup_iters: int | None = None,
         calculate_timeouts: bool = False,
-        state_file: str | os.PathLike[str] | None = None,
+        state_file: StrPath | None = None,
     ) -> None:
         """Connect. With `calculate_timeouts`, limits are learned, and kept in `state_file`.
 
@@ -691,8 +680,7 @@ class RankMonitorClient:
             raise RankMonitorClientError(NOT_CONNECTED)
         # By hand, and from whole numbers: json.dumps and %f take longer than all the rest.
         number = b"null" if step is None else b"%d" % step
-        values = time.monotonic_ns(), number
-        line = b'{"type": "heartbeat", "time": %de-9, "step": %b}\n' % values
+        line = b'{"type": "heartbeat", "time": %de-9, "step": %b}\n' % (time.monotonic_ns(), number)
         if self._unsent:
             self._flush()
         try:
@@ -719,7 +707,7 @@ class RankMonitorClient:
         for section in sorted(self.open_sections):
             self.end_section(section)
 
-    def report_saved(self, step: int, checkpoint: str | os.PathLike[str] | None = None) -> None:
+    def report_saved(self, step: int, checkpoint: StrPath | None = None) -> None:
         self._send("saved", step=int(step), checkpoint=checkpoint and os.fspath(checkpoint))
 
     def training_complete(self, **values: Any) -> None:
@@ -746,8 +734,8 @@ class RankMonitorClient:
         """The signal that asks to save and end with exit code 0, such as "SIGTERM", or None.
 
         Call it once in the main thread before DataLoader workers start, and after each step. From
-        the first call on, these signals are only noted, but for a second Ctrl-C; handlers that were
-        installed before are called too. Ranks must agree on a step: not all may have got one.
+        the first call on, these signals are only noted, but for a second Ctrl-C; earlier handlers
+        are called too. Ranks must agree on a step: not all may have got one.
         """
         if not self.is_initialized:
             raise RankMonitorClientError(NOT_CONNECTED)
@@ -776,20 +764,16 @@ class RankMonitorClient:
         own, now = self._handlers[number], time.monotonic()
         if number == signal.SIGINT:
             self._interrupted_at = min(now, self._interrupted_at)
-        # One Ctrl-C may arrive more than once, from the terminal and from the monitor.
+        # One Ctrl-C may arrive twice, from the terminal and from the monitor.
         is_first = now < self._interrupted_at + 1.0
         if callable(own) and not (own is signal.default_int_handler and is_first):
             own(number, frame)
 
     @staticmethod
+    @functools.cache  # once in a process
     def protect_workers() -> None:
-        """Keep signals to all processes from ending DataLoader workers before a rank has saved.
-
-        Those that are forked: multiprocessing's other ways start them without us.
-        """
-        if not RankMonitorClient._protects_workers:
-            RankMonitorClient._protects_workers = True
-            os.register_at_fork(after_in_child=RankMonitorClient._protect_this_worker)
+        """Let forked DataLoader workers outlive signals to all processes until a rank has saved."""
+        os.register_at_fork(after_in_child=RankMonitorClient._protect_this_worker)
 
     @staticmethod
     def _protect_this_worker() -> None:
@@ -821,17 +805,15 @@ class RankMonitorClient:
 
     @property
     def section_timeouts(self) -> SectionTimeouts | None:
-        """None before init_workload_monitoring()."""
         if not self.is_initialized:
             return None
         report = self._report()
         limits = {section_of(clock): x for clock, x in report.limits.items() if section_of(clock)}
         learned = frozenset(map(section_of, report.learned)) - {""}
         outside = report.limits.get(OUT_OF_SECTION)
-        is_calculated = OUT_OF_SECTION in report.learned
-        are_all = is_calculated and learned == limits.keys()
-        is_valid = outside is not None
-        return SectionTimeouts(limits, outside, learned, is_calculated, are_all, is_valid)
+        is_learned = OUT_OF_SECTION in report.learned
+        are_all = is_learned and learned == limits.keys()
+        return SectionTimeouts(limits, outside, learned, is_learned, are_all, outside is not None)
 
     def calculate_and_set_hb_timeouts(self, *args: Any, **kwargs: Any) -> bool:
         """Let all limits be learned, whatever NVIDIA's arguments say."""
@@ -845,7 +827,7 @@ class RankMonitorClient:
         return {"longest": State(self._earlier).after([self._report()], "this run").longest}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Learn limits from what an earlier run has seen. Raises ConfigError, a ValueError."""
+        """Learn limits from what an earlier run has seen. Raises ConfigError."""
         if "longest" in state:
             self._earlier = parse_longest(state["longest"])
         elif state:
@@ -929,7 +911,7 @@ def connect() -> int:
     try:
         stacks = open_of_monitor("FT_STACKS_FD", os.O_APPEND)
         faulthandler.register(STACKS_SIGNAL, file=stacks, all_threads=True, chain=False)
-    except (RankMonitorClientError, RuntimeError):
+    except RuntimeError:
         pass  # no stacks, then
     return pipe
 
@@ -1044,8 +1026,7 @@ def descendants(pid: int) -> list[int]:
     children: dict[int, list[tuple[int, bytes]]] = {}
     for name in filter(str.isdigit, os.listdir("/proc")):
         # proc(5): pid (comm) state ppid ...; comm may hold spaces and parentheses
-        fields = read_kernel(f"/proc/{name}/stat").rpartition(b")")[2].split()
-        if fields:
+        if fields := read_kernel(f"/proc/{name}/stat").rpartition(b")")[2].split():
             children.setdefault(int(fields[1]), []).append((int(name), fields[0]))
     found, queue = [], [pid]
     while queue:
@@ -1056,8 +1037,8 @@ def descendants(pid: int) -> list[int]:
 
 
 def kill_descendants(mark: bytes = b"") -> list[int]:
-    """SIGKILL what descends from this process, and has `mark` in the environment that it began
-    with; return what does not end (D state)."""
+    """SIGKILL what descends from us and began with `mark` in its environment; return what does not
+    end (D state)."""
     deadline = time.monotonic() + REAP_SECONDS
     while True:
         left = [x for x in descendants(os.getpid()) if mark in read_kernel(f"/proc/{x}/environ")]
@@ -1091,16 +1072,16 @@ def process_status(pid: int, name: str) -> str:
 def oom_kills() -> int:
     """Kills for want of memory so far, in this control group (v2), or else on this host."""
     group = kernel_value("/proc/self/cgroup", "0::")
-    counters = (f"/sys/fs/cgroup{group}/memory.events", "/proc/vmstat")
-    return int(next(filter(None, (kernel_value(path, "oom_kill ") for path in counters)), 0))
+    in_group = kernel_value(f"/sys/fs/cgroup{group}/memory.events", "oom_kill ")
+    return int(in_group or kernel_value("/proc/vmstat", "oom_kill ") or 0)
 
 
 # ---------------------------------------------------------------------------------------- files
 
 
 def within(seconds: float, function: Callable[[], Any]) -> Any:
-    """What a function returns, or the OSError or ValueError that it raises: a TimeoutError if it
-    takes longer, as where a file system hangs, and its thread is left behind."""
+    """What a function returns or raises (OSError, ValueError); a TimeoutError if it takes longer,
+    as where a file system hangs: its thread is left behind."""
     results: list[Any] = [TimeoutError(f"no answer within {seconds:g} s")]
 
     def call() -> None:
@@ -1109,14 +1090,14 @@ def within(seconds: float, function: Callable[[], Any]) -> Any:
         except (OSError, ValueError) as error:
             results.append(error)
 
-    if (thread := start_thread(call)) is not None:
+    if thread := start_thread(call):
         thread.join(seconds)
     return results[-1]
 
 
-def start_thread(function: Callable[..., Any], *args: Any) -> threading.Thread | None:
+def start_thread(function: Callable[[], None]) -> threading.Thread | None:
     """None where the host or a control group allows no more of them."""
-    thread = threading.Thread(target=function, args=args, daemon=True)
+    thread = threading.Thread(target=function, daemon=True)
     try:
         thread.start()
     except RuntimeError:
@@ -1133,7 +1114,7 @@ def to_text(values: Mapping[str, Any], indent: int | None = None) -> str:
     return json.dumps(values, indent=indent) + "\n"
 
 
-def write_file(path: str | os.PathLike[str], text: str) -> None:
+def write_file(path: StrPath, text: str) -> None:
     """Readers never see half of it. Raises OSError."""
     directory, name = os.path.split(os.path.abspath(path))
     # Launchers in containers have the same pid on all nodes.
@@ -1160,7 +1141,7 @@ class Writer:
         with self._changed:
             is_idle = path not in self._texts
             self._texts[path] = text
-        if is_idle and start_thread(self._run, path) is None:
+        if is_idle and not start_thread(lambda: self._run(path)):
             self._texts.pop(path)
 
     def finish(self, seconds: float) -> None:
@@ -1281,7 +1262,7 @@ class RankMonitor:
         wake_at = min(self._wake_at(), now + READ_SECONDS)
         arrived = signal.sigtimedwait(TAKEN_SIGNALS, max(0.0, wake_at - now))
         now = time.monotonic()
-        if now > wake_at + SUSPENDED_SECONDS and self.report.reason is None:
+        if now > wake_at + SUSPENDED_SECONDS and not self.report.reason:
             self.log.warning("woke %.1f s late: suspended", now - wake_at)
             self.clocks.restart(now)
         self.hear(now)
@@ -1301,7 +1282,7 @@ class RankMonitor:
             is_late = self.report.end == End.HUNG
             if not is_late:
                 self.clocks.hear(message, now)
-            if not (is_late and message["type"] in ("heartbeat", "section")):
+            if not (is_late and message["type"] == "heartbeat"):
                 self._note(message, time.time() - (now - self.clocks.heard))
         if self.inbox.skipped and not skipped:
             self.log.warning("skipping what is no message on its pipe")
@@ -1341,7 +1322,7 @@ class RankMonitor:
     def _obey(self, number: int) -> None:
         launcher, patience = self.report.launcher_pid, self.config.workers_stop_timeout
         is_stopped_next = not signal.sigpending().isdisjoint(STOP_SIGNALS)
-        if number == signal.SIGINT and self.report.reason is not None:  # Ctrl-C again
+        if number == signal.SIGINT and self.report.reason:  # Ctrl-C again
             self.kill_at = min(self.kill_at, time.monotonic())
         if number in STOP_SIGNALS:
             reason = f"stopped by {signal.Signals(number).name}"
@@ -1353,15 +1334,14 @@ class RankMonitor:
             self._end(End.PEER_FAILED, "its peer failed", 0, patience)
         # Also sent when only the launcher's thread that started us ends: hence the look.
         elif number == PARENT_DIED and os.getppid() != launcher:
-            reason = f"the launcher (pid {launcher}) is gone"
-            self._end(End.LAUNCHER_DIED, reason, 0, patience)
+            self._end(End.LAUNCHER_DIED, f"the launcher (pid {launcher}) is gone", 0, patience)
 
     def _end(self, end: End, reason: str, number: int, seconds: float) -> None:
         """Begin to end the rank: by a signal, 0 for none, and by SIGKILL some seconds later.
 
-        Once: what comes on top of it does not cut its grace short.
+        Once: what follows does not cut its grace short.
         """
-        if self.report.reason is not None:
+        if self.report.reason:
             return
         self.report.end, self.report.reason = end, reason
         self.kill_at = time.monotonic() + seconds
@@ -1374,32 +1354,29 @@ class RankMonitor:
 
     def _wake_at(self) -> float:
         """When the first clock, or half of its time, runs out; monotonic."""
-        if self.report.reason is not None:
+        if self.report.reason:
             return math.inf
         clock, deadline = self.clocks.first()
         since = self.clocks.running.get(clock, math.inf)
         return deadline if clock in self.warned else (since + deadline) / 2
 
     def _act(self, now: float) -> None:
-        if self.report.reason is not None:
+        if self.report.reason:
             self._kill_if_due(now)
             return
         clock, deadline = self.clocks.first()
         if now >= deadline:
-            self._end_hung_rank(clock, now)
+            reason = f"hung: {self._waiting(now)}"
+            self.report.hung_on = clock
+            self.report.waited = round(now - self.clocks.running[clock], 3)
+            number = signal.Signals[self.config.rank_termination_signal]
+            self._end(End.HUNG, reason, number, TERMINATION_SECONDS)
+            self.log.warning("%s; sent %s", reason, number.name)
         elif now >= self._wake_at():
             self.warned.add(clock)
             what = self._waiting(now)
             taken = self.stacks.take(self.pid, what, until=deadline)
             self.log.warning("%s%s", what, "; its stacks are kept" if taken else "")
-
-    def _end_hung_rank(self, clock: str, now: float) -> None:
-        reason = f"hung: {self._waiting(now)}"
-        self.report.hung_on = clock
-        self.report.waited = round(now - self.clocks.running[clock], 3)
-        number = signal.Signals[self.config.rank_termination_signal]
-        self._end(End.HUNG, reason, number, TERMINATION_SECONDS)
-        self.log.warning("%s; sent %s", reason, number.name)
 
     def _kill_if_due(self, now: float) -> None:
         """A survivor can only wait for who is gone, unless it is saving a checkpoint."""
@@ -1427,14 +1404,13 @@ class RankMonitor:
         """The rank is gone, or given up: clear up after it, and return its status."""
         report = self.report
         report.ended = time.time()
-        left = kill_descendants()
-        if left:
+        if left := kill_descendants():
             self.log.error("%s do not end after SIGKILL", left)
         self.hear(time.monotonic())  # its last words
         report.oom_kills += oom_kills()
         if report.status is None:
             report.status = -signal.SIGKILL
-        if report.reason is None:
+        if not report.reason:
             report.end = End.BY_ITSELF
         if report.over and report.status == 0:
             report.error = None  # the script has handled it
@@ -1449,10 +1425,10 @@ class RankMonitor:
     def _write_report(self) -> None:
         report, clocks = self.report, self.clocks
         self.written = time.monotonic()
-        report.sections = sorted(clocks.sections)
+        report.sections = clocks.sections
         report.longest, report.limits = clocks.longest, clocks.limits()
         before, report.learned = report.learned, [x for x in report.limits if clocks.is_learned(x)]
-        is_news = HEARTBEAT in report.learned and HEARTBEAT not in before
+        is_news = HEARTBEAT in {*report.learned} - {*before}
         if is_news and report.rank == 0 and report.ended is None:
             floor, limits = self.config.min_timeout, report.limits
             others = [x for x in report.learned if limits[x] != floor]
@@ -1546,9 +1522,6 @@ def end_like(status: int) -> NoReturn:
 
 # ----------------------------------------------------------------- what can be said of reports
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 # For re.match: what c10d, gloo and NCCL raise when a peer is gone or does not come. What a
 # DataLoader worker raised is a RuntimeError that was "Caught".
 COMMUNICATION_ERROR = (
@@ -1586,8 +1559,8 @@ class Incident:
     start: float
     end: float
     outcome: Outcome
-    first_heartbeat: float | None
-    last_heartbeat: float | None  # of the rank that was silent first
+    first_heartbeat: Seconds
+    last_heartbeat: Seconds  # of the rank that was silent first
     first_step: int | None
     last_step: int | None
     saved_step: int | None
@@ -1612,7 +1585,7 @@ class Place:
 
 
 def read_reports(directory: Path) -> list[Report]:
-    """The reports of an attempt, by rank; one that cannot be read costs a line, and is missing."""
+    """The reports of an attempt, by rank; one that cannot be read costs a line."""
     reports = []
     for path in directory.glob("rank*.json"):
         try:
@@ -1649,10 +1622,10 @@ def read_place(directory: Path, report: Report) -> Place | None:
     file, line, function = next((x for x in frames if not is_library(x[0])), frames[-1])
     text = f"at {os.path.basename(file)}:{line} in {function}"
     file, line, leaf = frames[0]
-    text += "" if leaf == function else f" -> {leaf}"
+    text += f" -> {leaf}" * (leaf != function)
     linecache.checkcache(file)  # it may have been edited
     code = linecache.getline(file, int(line))
-    waits = re.search(WAITING, f"{file} {leaf} {code}") is not None
+    waits = bool(re.search(WAITING, f"{file} {leaf} {code}"))
     return Place(f"waiting {text}" if waits else text, waits)
 
 
@@ -1696,14 +1669,13 @@ def judge(
 
     def blame(report: Report) -> tuple[float, ...]:
         is_cause = failed_by_itself(report)
-        failed = report.error_time or report.ended or 0.0
         return (
             not is_cause,  # the others failed, or waited, because of it
-            failed if is_cause else 0.0,  # later ones because of the first
+            is_cause and (report.error_time or report.ended or 0.0),  # later ones because of it
             report.rank in waiting,  # not what was waited for
             report.status == 0,  # missed only by those who wait
             -1 if report.step is None else report.step,  # fell behind
-            report.connected is not None,  # did not get as far
+            bool(report.connected),  # did not get as far
             int((report.heartbeat or 0.0) - newest),  # silent for longest, in whole seconds
             crowd[places.get(report.rank)],  # the odd one out
             report.end != End.HUNG,  # ended for that, before others complained
@@ -1717,9 +1689,9 @@ def judge(
         return first, verdict
     # What others noticed; and the hang that ended it, if the suspect is another rank.
     told = [x for x in others if x.error is not None or x.end == End.HUNG != first.end]
-    noticed = [describe_failure(report, has_hosts) for report in told]
-    verdict = "; ".join([verdict, *noticed[:1]])
-    are_all_here = world is None or len(reports) >= world
+    for report in told[:1]:
+        verdict += f"; {describe_failure(report, has_hosts)}"
+    are_all_here = len(reports) >= (world or 0)
     if first.rank in waiting and not are_all_here:
         return None, f"{OF_OTHERS}; {verdict}"
     return first, verdict if are_all_here and not others else f"suspect: {verdict}"
@@ -1806,7 +1778,7 @@ def make_incident(
     if outcome == Outcome.FAILED:
         places = read_places(directory, reports) if places is None else places
         suspect, incident.why = judge(reports, places, world)
-        if suspect is not None:
+        if suspect:
             incident.suspect, incident.error = suspect.rank, suspect.error
             incident.host = suspect.host
         incident.places = describe_places(incident.suspect, places)
@@ -1819,7 +1791,7 @@ def read_incidents(run_dir: Path) -> list[Incident]:
     for line in read_text(path).splitlines():
         try:
             incidents.append(Incident(**json.loads(line)))
-        except (ValueError, TypeError, KeyError):
+        except BROKEN:
             warn(f"skipped a line of {path} that tells of no attempt")
     return incidents
 
@@ -1892,10 +1864,10 @@ def render_status(reports: Sequence[Report], now: float) -> str:
     row = "{:>4}  {!s:>8}  {!s:>10}  {:>9}  {}"
     lines = [row.format("rank", "pid", "step", "heartbeat", "state")]
     for report in reports:
-        state, is_here = report.waiting, report.host == host_name()
+        state = report.waiting
         if report.ended:
             state = report.reason or f"ended with status {report.status}"
-        elif is_here and not os.path.exists(f"/proc/{report.monitor_pid}"):
+        elif report.host == host_name() and not os.path.exists(f"/proc/{report.monitor_pid}"):
             state = "gone"
         age = f"{now - report.heartbeat:.1f} s" if report.heartbeat else "-"
         lines.append(row.format(report.rank, report.pid, report.step, age, state))
@@ -1912,7 +1884,6 @@ def find_run_dir(path: Path) -> Path:
     if not links:
         remedy = "give the directory that ft_launcher prints as evidence"
         raise ConfigError(f"no run found in {str(path)!r}: {remedy}")
-
     return max(links, key=lambda link: (is_alive(link.parent), link.lstat().st_mtime)).parent
 
 
@@ -1956,8 +1927,8 @@ def show(argv: Sequence[str]) -> int:
 def monitor_command() -> list[str]:
     """How to start a monitor; -- and the rank's command line follow.
 
-    -I -S: quick to start, and nothing of the user's is imported in place of a standard module. As
-    a module, it is not compiled each time.
+    -I -S: quick to start, and nothing of the user's replaces a standard module. As a module, it is
+    not compiled each time.
     """
     call = "import sys; sys.path.append(sys.argv.pop(1)); import ft_monitor; ft_monitor.main()"
     here = os.path.dirname(os.path.realpath(__file__))
