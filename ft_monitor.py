@@ -1429,7 +1429,7 @@ class RankMonitor:
         report.longest, report.limits = clocks.longest, clocks.limits()
         before, report.learned = report.learned, [x for x in report.limits if clocks.is_learned(x)]
         is_news = HEARTBEAT in {*report.learned} - {*before}
-        if is_news and report.rank == 0 and report.ended is None:
+        if is_news and report.rank == 0 and not (report.reason or report.ended):
             floor, limits = self.config.min_timeout, report.limits
             others = [x for x in report.learned if limits[x] != floor]
             told = "".join(f"{section_of(x) or x} {limits[x]:g} s, " for x in others)
