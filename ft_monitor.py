@@ -1433,7 +1433,7 @@ class RankMonitor:
             floor, limits = self.config.min_timeout, report.limits
             others = [x for x in report.learned if limits[x] != floor]
             told = "".join(f"{section_of(x) or x} {limits[x]:g} s, " for x in others)
-            self.log.info("limits learned: %s%g s for what else was seen", told, floor)
+            self.log.info("limits learned so far: %s%g s for all others", told, floor)
         report.waiting = self._waiting(self.written)
         self.writer.put(evidence_path("json"), to_text(dataclasses.asdict(report)))
         if self.stacks.text:

@@ -344,12 +344,12 @@ beat(1, times=25, seconds=0.1)
 """
     watched = watch(body, environment={"RANK": str(rank)}, safety_factor=500)
     assert watched.ends() == 0
-    told = [line.partition("limits learned: ")[2] for line in watched.log if "learned" in line]
+    told = [
+        line.partition("limits learned so far: ")[2] for line in watched.log if "learned" in line
+    ]
     assert len(told) == (rank == 0)
     save = watched.report.limits[SAVE]
-    assert all(
-        f"save {save:g} s" in x and x.endswith(", 60 s for what else was seen") for x in told
-    )
+    assert all(f"save {save:g} s" in x and x.endswith(", 60 s for all others") for x in told)
 
 
 def test_the_launcher_hands_on_what_earlier_attempts_have_learned(watch: Watch) -> None:
