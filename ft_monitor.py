@@ -1432,8 +1432,8 @@ class RankMonitor:
         if is_news and report.rank == 0 and not (report.reason or report.ended):
             floor, limits = self.config.min_timeout, report.limits
             others = [x for x in report.learned if limits[x] != floor]
-            told = "".join(f"{section_of(x) or x} {limits[x]:g} s, " for x in others)
-            self.log.info("limits learned so far: %s%g s for all others", told, floor)
+            told = "".join(f", {section_of(x) or x} {limits[x]:g} s" for x in others)
+            self.log.info("limits learned so far: in general %g s%s", floor, told)
         report.waiting = self._waiting(self.written)
         self.writer.put(evidence_path("json"), to_text(dataclasses.asdict(report)))
         if self.stacks.text:
