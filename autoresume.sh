@@ -6,7 +6,7 @@
 #
 #   --max-failures N  end after N runs in a row without a further checkpoint (3)
 #   --flag FILE       FLAG, if not ft_finished.flag or, in a job array, ft_finished_TASK.flag
-#   --slurm MODE      what does the next run after exit code 0 in a SLURM job:
+#   --slurm MODE      who does the next run after exit code 0 in a SLURM job:
 #     chain           the next job, queued at once to start however this one ends (default)
 #     requeue         this job, requeued
 #     loop            this job, as after other exit codes
@@ -18,7 +18,7 @@
 #   FLAG.gave_up   why another run is pointless; ends this with 93, as exit code 93 does
 #   FLAG.progress  the newest checkpoint's "step"
 #   FLAG.stop      asks COMMAND to save a checkpoint and exit; the next run resumes
-#   FLAG.bad_nodes those that the next job does without for a day: "host", "reason", "time"
+#   FLAG.bad_nodes nodes that the next jobs avoid for a day: "host", "reason", "time"
 #   FLAG.runs      how each run started and ended
 #   FLAG.lock      locked during a run; FLAG.job: the job script
 #
@@ -132,7 +132,7 @@ recall() {
   [[ ${step:--} != "$noted" ]] || failures=$failed
 }
 
-# If the user cancels it, there is no other.
+# Queue one; none again if the user cancels it.
 keep_continuation() {
   [[ $mode == chain ]] || return
   find_continuation
@@ -285,6 +285,7 @@ end_if_over() {
   local reason
   if [[ -e $flag ]]; then
     read_member reason "$flag" reason
+    ((run)) || say "for another training, remove $flag, or give --flag"
     end_chain 0 "training is complete: $flag${reason:+ ($reason)}"
   elif [[ $status == 93 || -e $flag.gave_up ]]; then
     read_member reason "$flag.gave_up" reason

@@ -5,15 +5,15 @@
 
 or, with `ft_launcher.py --ft-auto`, without a change to the script: see follow_every_fit.
 
-Tells the rank's monitor of steps (here: trained batches), by heartbeats, and of all that may be
-slow, by sections. Works with `lightning` and `pytorch_lightning`, in `fit` alone.
+Sends the rank's monitor steps (here: trained batches) as heartbeats, and all that may be slow as
+sections. Works with `lightning` and `pytorch_lightning`, in `fit` alone.
 
     hook                what it does; the section until the next hook
     setup               connects; "setup", or "resume" where a checkpoint had been saved
     on_load_checkpoint  a fit that had stopped early is done
     on_fit_start        tells what happens if a rank fails now
     on_train_start      ranks must start at one step, and restarts resume; "first_batch"
-    on_train_batch_end  heartbeat; stops if asked; none, or "epoch_turn" after an epoch's last batch
+    on_train_batch_end  heartbeat; stops if asked; no section, or after the last batch "epoch_turn"
     on_validation_*     stops if asked; "validation", entered again with each batch
     state_dict          "checkpointing", or "awaiting_checkpoint" on ranks that do not write
     on_save_checkpoint  lets a validation that is stopped be repeated
@@ -96,6 +96,8 @@ SECTIONS = {
 }  # fmt: skip
 TUNERS = "LearningRateFinder.on_fit_start", "BatchSizeFinder.on_fit_start"
 KEEP_LAST = "give ModelCheckpoint(save_last=True)"
+DIRPATH = "give ModelCheckpoint(dirpath=...)"
+OF_A_RUN = re.compile(r"/version_\d+/checkpoints$")  # Lightning's default, with a logger's version
 COMPLETE = "ft_complete"  # in a checkpoint: why there is nothing left to train
 OVERWRITE = 'give LightningCLI(save_config_kwargs={"overwrite": True})'
 FAULT_SIGNALS = {"rank_killed": signal.SIGKILL, "rank_hung": signal.SIGSTOP}
@@ -291,6 +293,8 @@ def obstacles(trainer: pl.Trainer, given: Mapping[str, Any], rolling: Path | Non
         yield f'trainer.fit got no ckpt_path: {KEEP_LAST} and ckpt_path="last", or --ft-auto'
     elif given["ckpt_path"] == "last" and not keepers:
         yield f"no last checkpoint is kept: {KEEP_LAST}"
+    elif given["ckpt_path"] == "last" and all(OF_A_RUN.search(str(x.dirpath)) for x in keepers):
+        yield f"unless the logger's version is fixed, each run has its own checkpoints: {DIRPATH}"
     if any(keeper.save_weights_only for keeper in keepers):
         yield "the last checkpoint has weights only: give ModelCheckpoint(save_weights_only=False)"
     # At an epoch's end, Lightning writes the last one only with another.
@@ -319,13 +323,23 @@ def resumes_from(trainer: pl.Trainer, given: Mapping[str, Any], rolling: Path | 
     return f"{last_path(trainer, keeper)}, saved every {every}"
 
 
+def directories(trainer: pl.Trainer) -> list[str]:
+    return [str(keeper.dirpath) for keeper in model_checkpoints(trainer)]
+
+
+def is_beside(checkpoint: str, trainer: pl.Trainer) -> bool:
+    """Whether this training, too, writes to the directory of a checkpoint."""
+    paths = directories(trainer)
+    return os.path.dirname(checkpoint) in [*paths, *map(os.path.realpath, paths)]
+
+
 def why_not_resumed(trainer: pl.Trainer, checkpoint: str, given: Mapping[str, Any]) -> str:
     """Why `checkpoint` was not loaded, and the line to change; else what is known."""
     if "://" not in checkpoint and not os.path.exists(checkpoint):
         return "that file is not there any more"
-    paths = [str(keeper.dirpath) for keeper in model_checkpoints(trainer)]
-    if os.path.dirname(checkpoint) not in [*paths, *map(os.path.realpath, paths)]:
-        return f"this run looks in {paths}: give ModelCheckpoint one dirpath for all runs"
+    if not is_beside(checkpoint, trainer):
+        places = directories(trainer)
+        return f"this run looks in {places}: give ModelCheckpoint one dirpath for all runs"
     if last_keeper(trainer) is None:
         return f"no last checkpoint is kept: {KEEP_LAST}"
     loaded = trainer.ckpt_path or "nothing"
@@ -515,7 +529,10 @@ class FaultToleranceCallback(pl.Callback):
         for stopping in trainer.early_stopping_callbacks:
             stopping.stopping_reason_message = None  # of an earlier run
         FaultToleranceCallback.has_trained = True
-        self._client.send_heartbeat(batches_done(trainer))
+        step = batches_done(trainer)
+        if step > 0:  # else each attempt would save, before it fails as the one before
+            self._fit.saved_at = time.monotonic()
+        self._client.send_heartbeat(step)
         self._be_in(FIRST_BATCH)
 
     def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
@@ -569,6 +586,9 @@ class FaultToleranceCallback(pl.Callback):
         self._fit.ask_soon()
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        if self._fit.is_unseen and trainer.is_global_zero:
+            where = os.path.join(*directories(trainer)[:1], "")
+            self._fit.unseen = batches_done(trainer), where
         if not self._fit.is_saving:
             return
         if trainer.should_stop and not self._fit.is_training:  # at its end
@@ -605,8 +625,10 @@ class FaultToleranceCallback(pl.Callback):
         FaultToleranceCallback.has_trained = True
         trainer.strategy.barrier("FaultToleranceCallback.on_fit_end")  # complete on all ranks
         reason = self._why_complete(trainer)
-        if reason is None and self._fit.batches == 0 and trainer.is_global_zero:
-            self.logger.warning("no batch was trained, so training is not complete")
+        is_odd = reason is None and (trainer.should_stop or not self._fit.batches)
+        if is_odd and trainer.is_global_zero:
+            what = "the script stopped it" if self._fit.batches else "no batch was trained"
+            self.logger.warning("%s, so training is not complete", what)
         if self.autoresume and reason is not None and trainer.is_global_zero:
             step, epoch = batches_done(trainer), trainer.current_epoch
             self.logger.info("training is complete at step %d: %s", step, reason)
@@ -615,10 +637,12 @@ class FaultToleranceCallback(pl.Callback):
 
     def teardown(self, *args: Any, **kwargs: Any) -> None:
         self._be_in(AFTER_TRAINING)
+        self._client.offer_stacks()
         atexit.register(destroy_gloo)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """In the place of teardown; also called before setup and outside of fit."""
+        self._fit.unseen = None  # perhaps because of that
         if type(exception) is SystemExit and not exception.code:  # a clean stop
             atexit.register(destroy_gloo)
         elif self._client.is_initialized:
@@ -635,11 +659,14 @@ class FaultToleranceCallback(pl.Callback):
         self._be_in(AFTER_TRAINING)  # the script may handle it, and go on
 
     def _be_in(self, phase: str | None, inner: str | None = None) -> None:
-        """Be in this section or one within it, and in no other; if already in it, again."""
+        """Be in this section or one within it, and in no other; if already there, again."""
         self._phase, self._inner = phase, inner
         client, section = self._client, inner or phase
         if not client.is_initialized:
             return
+        if self._fit.unseen is not None:
+            client.report_saved(*self._fit.unseen)
+            self._fit.unseen = None
         if section in client.open_sections:
             client.end_section(section)
         if section is not None:
@@ -690,7 +717,8 @@ class FaultToleranceCallback(pl.Callback):
             io = strategy.checkpoint_io = AtomicCheckpointIO(is_async)
         if type(io) is AtomicCheckpointIO:
             io.section, io.saved = self._checkpointing, self._report_saved
-        if self.rolling is not None and not (is_plain and type(io) is AtomicCheckpointIO):
+        self._fit.is_unseen = not (is_plain and type(io) is AtomicCheckpointIO)
+        if self.rolling is not None and self._fit.is_unseen:
             self.rolling = None
             if trainer.is_global_zero:
                 kind = type(io if is_plain else strategy).__name__
@@ -739,20 +767,23 @@ class FaultToleranceCallback(pl.Callback):
                 f"rank {trainer.global_rank} starts at step {step}, rank 0 at {first}: give "
                 "ModelCheckpoint(dirpath=...), or --ft-auto-dir, a directory that all nodes share"
             )
-        if self.has_trained or step > 0 or not trainer.is_global_zero:
+        if self.has_trained or not trainer.is_global_zero:
             return
         try:
             noted = json.loads(Path(progress_files()[-1]).read_text(encoding="utf-8"))
-            step, checkpoint = int(noted["step"]), str(noted["checkpoint"])
+            saved, checkpoint = int(noted["step"]), str(noted["checkpoint"])
         except (OSError, *BROKEN):
+            return
+        is_fixed = self._fit.given.get("ckpt_path") != "last" and is_beside(checkpoint, trainer)
+        if step >= saved or (step > 0 and not is_fixed):
             return
         if not self.rolling and (keeper := last_keeper(trainer)):
             path = last_path(trainer, keeper)
             if newest := restore_last(path):
                 raise RuntimeError(f"{path} was missing: linked {newest}, for a restart to resume")
         self.logger.warning(
-            "*** TRAINING STARTS AT STEP 0 ALTHOUGH STEP %d WAS SAVED ***\n*** in %s\n*** %s",
-            step, checkpoint, why_not_resumed(trainer, checkpoint, self._fit.given),
+            "*** TRAINING STARTS AT STEP %d ALTHOUGH STEP %d WAS SAVED ***\n*** in %s\n*** %s",
+            step, saved, checkpoint, why_not_resumed(trainer, checkpoint, self._fit.given),
         )  # fmt: skip
 
     def _stop_if_asked(
@@ -763,8 +794,8 @@ class FaultToleranceCallback(pl.Callback):
         fit, strategy, now = self._fit, trainer.strategy, time.monotonic()
         by = self._asked_by(trainer)
         grace = float(os.environ.get("FT_SHUTDOWN_TIMEOUT") or GRACE_SECONDS)
-        is_late = by in ("SIGTERM", "SIGINT") and now - fit.asked_at > grace / 2
-        rate = fit.stride / (now - fit.asked_at + 1e-3)
+        is_late = by in ("SIGTERM", "SIGINT") and now - fit.unasked_at > grace / 2
+        rate = fit.stride / (now - fit.unasked_at + 1e-3)
         stride = min(int(rate * STOP_CHECK_SECONDS), STOP_CHECK_BATCHES, 2 * fit.stride)
         is_due = self.rolling is not None and now > fit.saved_at + 60 * save_minutes()
         answer = [by is not None, is_due and trainer.is_global_zero, is_late, not is_same, stride]
@@ -778,7 +809,7 @@ class FaultToleranceCallback(pl.Callback):
                 self._stop(trainer, by or "another rank", is_amid)
             self._save(trainer)
             now, fit.is_asked = time.monotonic(), False
-        fit.asked_at = fit.asked_at if stopping else now
+        fit.unasked_at = fit.unasked_at if stopping else now
         fit.stride = 1 if fit.is_asked else 1 + strides // trainer.world_size
         fit.next_check = math.inf if unlike else fit.ticks + fit.stride
 
@@ -850,14 +881,16 @@ class Fit:
         self.handlers = {number: signal.getsignal(number) for number in SAVE_SIGNALS}
         self.writes = False  # checkpoints, on this rank
         self.may_try = False  # to load the first checkpoint
+        self.is_unseen = False  # others write checkpoints, and the next hook tells that it is done
+        self.unseen: tuple[int, str] | None = None  # step and place of such a one
         self.batches = 0  # trained in this run
         self.ticks = 0  # batches trained or validated
         self.next_check: float = 0  # tick
         self.stride = 1  # ticks up to then
-        self.asked_at = 0.0  # monotonic, when ranks last asked and none wanted to stop
+        self.unasked_at = 0.0  # monotonic, when ranks last agreed that none wanted to stop
         self.is_training = False  # from on_train_start to on_train_end
         self.is_asked = False  # to save, or to stop, at the next apt batch
-        self.is_saving = False  # because of that
+        self.is_saving = False  # a checkpoint of ours
         self.saved_at = -math.inf  # monotonic: the first save comes soon, and shows if it can
         self.complete: str | None = None  # why nothing is left to train, as a checkpoint says
 
@@ -867,14 +900,14 @@ class Fit:
     def ask_soon(self) -> None:
         """What follows may be slower than what came before."""
         self.stride, self.next_check = 1, self.ticks + 1
-        self.asked_at = self.asked_at if self.is_asked else time.monotonic()
+        self.unasked_at = self.unasked_at if self.is_asked else time.monotonic()
 
     def is_due(self) -> bool:
         self.ticks += 1
         return self.is_training and self.ticks >= self.next_check
 
     def give_signals_back(self, client: RankMonitorClient) -> None:
-        """To the script, and one that came too late for its last fit."""
+        """To the script, with any that came too late for its fit."""
         if threading.current_thread() is threading.main_thread():
             for number, handler in self.handlers.items():
                 if handler is not None:

@@ -14,12 +14,11 @@ at once, explains each end, and does not restart where
     the same exception came from the same line twice, with no new step in between: a bug,
     a rank asked for ShutdownWorkload, or on this node for ExcludeThisNode.
 
-Files in FT_RUN_DIR, this launcher's own (variables: see ft_monitor.py)
+Files in FT_RUN_DIR, one for each launcher (variables: see ft_monitor.py)
     attempt_<n>/      the monitors' reports and stacks of ranks
     latest            link to the newest attempt
     incidents.jsonl   one line for each attempt that has ended; then all is copied to FLAG.evidence
     health_check/     the report of --ft-node-health-check
-    plugin/           for --ft-auto: lets Lightning find ft_callback.follow_every_fit
     logs/             torchrun's --log-dir, unless it is given
 
 Exit codes
@@ -83,7 +82,7 @@ def ignore_user_signals() -> None:
 
 
 def end_early(number: int, frame: Any) -> None:
-    """Until torch's agent has its own handlers. Process 1 of a container would hear of nothing."""
+    """Until torch's agent has handlers. PID 1 of a container ignores signals without one."""
     os._exit(128 + number)
 
 
@@ -132,7 +131,7 @@ AGAIN = "ft_again"  # a node has failed, left, or JOINED: all start again
 JOINED = "joined"
 ENDED = "ft_ended"  # with a node's number: how the attempt ended there
 COUNT = "ft_count"  # of the nodes where it has
-JUDGES = "ft_judges"  # nodes that would not wait longer; the first judges
+JUDGES = "ft_judges"  # nodes that have done waiting; the first judges
 VERDICT = "ft_verdict"  # how it ended on all nodes
 SPEAKERS = "ft_speakers"  # nodes that know it; the first tells the world
 RENAMED = {  # NVIDIA's flags
@@ -154,25 +153,26 @@ class RestartPolicy:
     saved: int = -1  # step of the newest checkpoint
     step: int = -1  # the highest of any attempt
     error: str | None = None  # that ended the last attempt, see bug_of()
-    needs_connection: bool = False  # or else FLAG, which there is, would never be created
+    is_new: bool = False  # no rank has connected yet, in no run; but there is a FLAG: they are to
 
     def why_not(self, incident: Incident) -> str | None:
         """Why not to restart after this attempt; None to restart."""
         saved = -1 if incident.saved_step is None else incident.saved_step
         step = -1 if incident.last_step is None else incident.last_step
         has_saved, is_further = saved > self.saved, step > self.step
+        has_got_on = is_further or (has_saved and not 0 <= step == self.step)
         # A loop that never reports a checkpoint shows by its steps that it resumes. Of one that
         # tells of neither, nothing is known; --max-restarts counts its attempts.
         is_going = has_saved or (is_further and self.step >= 0 > self.saved)
         is_known = max(step, saved, self.step, self.saved) >= 0
         self.no_progress = self.no_progress + 1 if is_known and not is_going else 0
-        is_early = self.needs_connection and not incident.connected  # such as in an import
-        error, before = bug_of(incident.why if is_early else incident.error), self.error
+        self.is_new = self.is_new and not incident.connected  # it failed in an import, say
+        error, before = bug_of(incident.why if self.is_new else incident.error), self.error
         self.saved, self.step, self.error = max(saved, self.saved), max(step, self.step), error
         shutdown = requested(incident, WorkloadAction.ShutdownWorkload)
         if shutdown:
             return shutdown
-        if error is not None and error == before and not (has_saved or is_further):
+        if error is not None and error == before and not has_got_on:
             told = incident.error or incident.why
             return f"a bug in the code, no new step and the same error again: {told}"
         if not incident.requests and 0 < self.max_no_progress <= self.no_progress:
@@ -300,7 +300,7 @@ class JoinOrWait(c10d._RendezvousJoinOp):
 
     def __init__(self, log: ft_monitor.Log) -> None:
         self._log = log
-        self._full = -math.inf  # when there was no room last, monotonic
+        self._full = -math.inf  # when there was last no room, monotonic
 
     def __call__(self, ctx: Any, deadline: float) -> Any:
         state, now = ctx.state, time.monotonic()
@@ -349,9 +349,9 @@ class FaultToleranceAgent(LocalElasticAgent):
         self._evidence: Evidence | None = Evidence(Outcome.WELL, [])  # of how it has ended
         self._is_noted = True  # whether that is in incidents.jsonl
         self._listened = 0.0  # when this node last looked for what others tell, monotonic
-        self._suspect = ""  # host of that of the attempt before
-        self._well: RunResult | None = None  # how this node's ranks have ended, if well
-        self._wait_until = 0.0  # for those of other nodes then, monotonic
+        self._suspect = ""  # host of the previous attempt's
+        self._well: RunResult | None = None  # this node's result, if its ranks ended well
+        self._wait_until = 0.0  # for other nodes' ranks then, monotonic
         spec = self._worker_group.spec
         command = [*ft_monitor.monitor_command(), "--", str(spec.entrypoint), *spec.args]
         spec.entrypoint, spec.args = command[0], tuple(command[1:])
@@ -592,7 +592,10 @@ class FaultToleranceAgent(LocalElasticAgent):
 
     def _stop_workers(self, worker_group: WorkerGroup, *args: Any, **kwargs: Any) -> None:
         """Called before a restart, also for another node's sake."""
-        super()._shutdown(None)  # type: ignore[arg-type]  # at once: see _close()
+        if self._told(AGAIN) == JOINED:  # no rank has failed: all can save
+            super()._shutdown(timeout=self._shutdown_timeout + STOP_MARGIN_SECONDS)
+        else:
+            super()._shutdown(None)  # type: ignore[arg-type]  # at once: see _close()
         self._decide(Outcome.ELSEWHERE)
 
     def _shutdown(
@@ -636,7 +639,9 @@ class FaultToleranceAgent(LocalElasticAgent):
         if sum(bool(report.pid and report.ended) for report in reports) < len(group.workers):
             # A monitor was killed: what its rank has left descends from us now, a subreaper. The
             # mark spares what a wrapper has started before.
-            ft_monitor.kill_descendants(b"FT_RUN_DIR=" + os.fsencode(self._job.run_dir))
+            mark = b"FT_RUN_DIR=" + os.fsencode(self._job.run_dir)
+            kill = functools.partial(ft_monitor.kill_descendants, mark)
+            ft_monitor.within(STOP_MARGIN_SECONDS, kill)
         if outcome == Outcome.ELSEWHERE and any(
             report.request or ft_monitor.raised_by_itself(report) for report in reports
         ):
@@ -677,7 +682,7 @@ class FaultToleranceAgent(LocalElasticAgent):
             self._job.log.warning("cannot write down how the attempt ended: %s", problem)
 
     def _spread(self, incident: Incident, text: str, is_over: bool) -> None:
-        """Beyond the nodes, which one does for all."""
+        """Tell the world, as one node for all."""
         job, before, self._suspect = self._job, self._suspect, incident.host
         if self._shared(lambda store: store.add(SPEAKERS, 1)) not in (1, None):
             return
@@ -811,11 +816,12 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Job, Any]:
         if flag:
             lock_flag(flag, launch[0].run_id)
         if auto:
-            begin_auto(auto, run_dir, log)
+            begin_auto(auto, log)
     except (ValueError, AssertionError, RuntimeError, OSError) as error:  # a ConfigError too
         shutil.rmtree(run_dir, ignore_errors=True)
         parser.error(" ".join(str(error).split()))
-    policy = RestartPolicy(args.ft_max_no_progress_cycles, needs_connection=flag is not None)
+    is_new = flag is not None and not os.path.exists(f"{flag}.progress")
+    policy = RestartPolicy(args.ft_max_no_progress_cycles, is_new=is_new)
     flag = None if flag is None or os.path.exists(flag) else flag
     check, hook = args.ft_node_health_check, args.ft_on_incident
     return Job(run_dir, config, log, policy, check, hook, flag, launch[0].run_id, auto), launch
@@ -881,7 +887,7 @@ def auto_variables(args: argparse.Namespace, flag: str | None) -> dict[str, str]
     return {**variables, FLAG_VARIABLE: flag or os.path.join(directory, "finished")}
 
 
-def begin_auto(auto: dict[str, str], run_dir: Path, log: ft_monitor.Log) -> None:
+def begin_auto(auto: dict[str, str], log: ft_monitor.Log) -> None:
     """Let ranks find our entry point, and a training that follows a complete one start anew."""
     directory, flag = Path(auto["FT_AUTO"]), Path(auto[FLAG_VARIABLE])
     directory.mkdir(parents=True, exist_ok=True)
@@ -893,12 +899,13 @@ def begin_auto(auto: dict[str, str], run_dir: Path, log: ft_monitor.Log) -> None
         log.info("the training before was complete: starting a new one in %s", directory)
     elif any(directory.glob("*.ckpt")):
         log.info("resuming the training in %s (to start anew, remove that)", directory)
-    plugin = run_dir / "plugin" / "ft_auto-0.dist-info"  # as pip would install
-    plugin.mkdir(parents=True)
-    (plugin / "METADATA").write_text("Metadata-Version: 2.1\nName: ft-auto\nVersion: 0\n")
+    plugin = directory / "plugin" / "ft_auto-0.dist-info"  # as pip would install
+    plugin.mkdir(parents=True, exist_ok=True)
+    about = "Metadata-Version: 2.1\nName: ft-auto\nVersion: 0\n"
     names = "lightning.pytorch", "pytorch_lightning"
     entry = "[{}.callbacks_factory]\nft_auto = ft_callback:follow_every_fit\n"
-    (plugin / "entry_points.txt").write_text("".join(map(entry.format, names)))
+    ft_monitor.write_file(plugin / "METADATA", about)
+    ft_monitor.write_file(plugin / "entry_points.txt", "".join(map(entry.format, names)))
 
 
 def lock_flag(flag: str, rendezvous: str) -> None:
@@ -941,9 +948,10 @@ def prepare_environment(job: Job) -> None:
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     if os.environ.get(FLAG_VARIABLE):  # for ranks that change their directory
         os.environ[FLAG_VARIABLE] = os.path.abspath(os.environ[FLAG_VARIABLE])
-    os.environ.update(job.auto)
+    if job.auto:  # whose limits are learned: process starts are watched from the first on
+        os.environ.update(job.auto, FT_LEARNED="{}")
     is_installed = os.path.basename(HERE) in ("site-packages", "dist-packages")
-    plugin = str(job.run_dir / "plugin") if job.auto else None
+    plugin = os.path.join(job.auto["FT_AUTO"], "plugin") if job.auto else None
     paths = [os.environ.get("PYTHONPATH"), None if is_installed else HERE, plugin]
     if any(paths):
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
@@ -1026,8 +1034,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     copied = f", copied to {job.flag}.evidence" if job.flag else ""
     job.log.info("settings: %s; evidence: %s%s", json.dumps(settings), job.run_dir, copied)
-    if not job.config.is_watching():
-        job.log.info("no timeout is set: hang detection begins if ranks calculate them")
+    if not (job.auto or job.config.is_watching()):
+        job.log.info("no timeout is set: hang detection begins once ranks learn limits")
     if launch[0].rdzv_backend == "static" and launch[0].max_restarts:
         text = "restarts rarely come back with the static rendezvous: give --rdzv-backend=c10d"
         job.log.warning(text)

@@ -12,29 +12,29 @@ Environment, from the launcher; the last three from the monitor
     FT_CONFIG            the configuration as JSON
     FT_LEARNED           longest times of earlier attempts, by clock, as JSON
     FT_RUN_DIR           directory of reports and stacks
-    FT_ATTEMPT           0, 1, 2 ...: how often workers were started
-    FT_LAUNCHER_PID      process whose death ends the rank; by default the parent
+    FT_ATTEMPT           0, 1, 2 ...: earlier starts of workers
+    FT_LAUNCHER_PID      the parent, whose death ends the rank
     FT_SHUTDOWN_TIMEOUT  seconds that a stopped rank has to end
     RANK                 the rank's number; or SLURM_PROCID, or 0
-    FT_MONITOR_PID       its process
-    FT_MONITOR_FD        its descriptor for the pipe's write end
-    FT_STACKS_FD         its descriptor for stacks, in memory
+    FT_MONITOR_PID       the monitor's process
+    FT_MONITOR_FD        the monitor's descriptor for the pipe's write end
+    FT_STACKS_FD         the monitor's descriptor for stacks, in memory
 
 Messages: one JSON object a line, at most 4,096 bytes, from rank to monitor only. Each has its
-`type` and `time`: a late look measures right.
-    type       fields                 meaning
-    init       calculate, state_file  connected; are limits learned, and where are they kept?
-    heartbeat  step                   alive, with so many batches done, or null
-    section    name, open             entered (true) or left (false) a named section
-    learned    longest                learn limits; earlier runs' longest times, by clock
-    saved      step, checkpoint       it is on disk; noted in FT_RUN_DIR/progress.json and, under
-                                      autoresume.sh, FLAG.progress
-    request    action, reason         workload control, when this attempt ends
-    complete   flag, values           training is: create the flag if the script ends well
-    error      error                  an exception, which the script may yet handle; what it had
-                                      waited for by then is not learned
-    shutdown                          monitoring rests until the next init, or bye
-    bye        error                  the main thread has ended, well (null) or with this error
+`type` and `time`: late looks measure right.
+    type       fields                      meaning
+    init       calculate, state_file, pid  connected; whether limits are learned, and kept where
+    heartbeat  step                        alive, with so many batches done, or null
+    section    name, open                  entered (true) or left (false) a named section
+    learned    longest                     learn limits; earlier runs' longest times, by clock
+    saved      step, checkpoint            is on disk; noted in FT_RUN_DIR/progress.json and, under
+                                           autoresume.sh, FLAG.progress
+    request    action, reason              workload control, when this attempt ends
+    complete   flag, values                training is: create the flag if the script ends well
+    error      error                       an exception, which may yet be handled; what the script
+                                           had waited for by then is not learned
+    shutdown                               monitoring rests until the next init, or bye
+    bye        error                       the main thread has ended, well (null) or with this error
 
 Clocks: an idle one, or one for each open section; the first that runs out decides. If limits are
 learned, it is the longest time survived times safety_factor, at least min_timeout or a shorter
@@ -117,10 +117,11 @@ STARTUP, EXIT = "startup_timeout", "exit_timeout"
 INITIAL, HEARTBEAT = "initial_rank_heartbeat_timeout", "rank_heartbeat_timeout"
 OUT_OF_SECTION = "rank_out_of_section_timeout"
 IDLE = (INITIAL, HEARTBEAT, OUT_OF_SECTION)  # clocks of which one runs outside of sections
+DATALOADER = "torch.utils.data._utils.worker"  # module of what its workers run
 CHECKPOINTING = "checkpointing"  # the section in which a checkpoint is saved
-AFTER_TRAINING = "after_training"  # work of the script, of any length: never learned
+AFTER_TRAINING = "after_training"  # the script's own work: no limit is learned
 STACKS_HEADER = "==="  # begins the line before each dump of stacks, with its time
-# What JSON can raise that somebody else has written.
+# What somebody else's JSON can raise.
 BROKEN = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
@@ -176,7 +177,7 @@ class FaultToleranceConfig:
     """The settings of a job, by NVIDIA's names where it has them. May raise ConfigError."""
 
     startup_timeout: float | None = setting("from process start to connection")
-    initial_rank_heartbeat_timeout: float | None = setting("from there to heartbeat or section")
+    initial_rank_heartbeat_timeout: float | None = setting("from then to heartbeat or section")
     rank_heartbeat_timeout: float | None = setting("between heartbeats, outside of sections")
     rank_section_timeouts: Mapping[str, float] = setting(
         "within sections, as setup:600,checkpointing:300", parse_sections, {}
@@ -194,7 +195,7 @@ class FaultToleranceConfig:
         "for survivors of a failed rank to finish a checkpoint (30)", parse_number, 30.0
     )
     rank_termination_signal: str = setting(
-        "what a hung rank is sent, 5 s before SIGKILL (SIGKILL)", parse_signal, "SIGKILL"
+        "what ends a hung rank; SIGKILL follows after 5 s (SIGKILL)", parse_signal, "SIGKILL"
     )
 
     def __post_init__(self) -> None:
@@ -207,7 +208,7 @@ class FaultToleranceConfig:
 
     @classmethod
     def from_mapping(cls, values: Any) -> FaultToleranceConfig:
-        """Settings by name; None is never."""
+        """Settings by name; None means never."""
         if not isinstance(values, dict):
             raise ConfigError(f"got {values!r}, expected an object")
         names = cls.__dataclass_fields__.keys()
@@ -244,7 +245,7 @@ class FaultToleranceConfig:
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> FaultToleranceConfig:
-        """Flags beat the file of --ft-cfg-path, or FT_CONFIG without one; these the defaults."""
+        """Flags beat the file of --ft-cfg-path, or else FT_CONFIG; both beat defaults."""
         names = cls.__dataclass_fields__
         given: Any = {name: x for name in names if (x := getattr(args, f"ft_{name}")) is not None}
         return dataclasses.replace(cls.load(args.ft_cfg_path), **given)
@@ -302,7 +303,7 @@ class WorkloadControlRequest:
 
 TEXT = (str, type(None))
 MESSAGE_FIELDS: dict[str, dict[str, Any]] = {
-    "init": {"calculate": bool, "state_file": TEXT},
+    "init": {"calculate": bool, "state_file": TEXT, "pid": int},
     "heartbeat": {"step": (int, type(None))},
     "section": {"name": str, "open": bool},
     "learned": {"longest": dict},
@@ -316,7 +317,7 @@ MESSAGE_FIELDS: dict[str, dict[str, Any]] = {
 
 
 def encode_message(kind: str, **fields: Any) -> bytes:
-    """Of what is too long for a pipe, text is cut."""
+    """Cuts text that is too long for a pipe."""
     message = {"type": kind, "time": time.monotonic(), **fields}
     while len(line := json.dumps(message, default=str)) >= MAX_MESSAGE_BYTES:
         longest = max(fields, key=lambda name: len(json.dumps(message[name], default=str)))
@@ -350,7 +351,7 @@ class Inbox:
         self._rest = b""
 
     def read(self) -> list[dict[str, Any]]:
-        """What has arrived, but not for ever: a rank may keep filling the pipe."""
+        """What has arrived, up to a bound: a rank may keep filling the pipe."""
         messages = []
         for _ in range(16):
             try:
@@ -380,7 +381,7 @@ class Clocks:
         self.configured = config.limits()
         self.heard = now  # time of the last message
         self.running = {STARTUP: now}  # and since when
-        self.idle = OUT_OF_SECTION  # that of IDLE which runs after a section
+        self.idle = OUT_OF_SECTION  # the one of IDLE after a section
         self.learns = earlier is not None
         self.earlier = dict(earlier or {})  # longest time of earlier attempts, by clock
         self.longest: dict[str, float] = {}  # and of this one
@@ -439,7 +440,7 @@ class Clocks:
                 self.laps[clock] += 1
 
     def restart(self, now: float) -> None:
-        """Start what runs again: the time before does not count."""
+        """Restart the running clocks: the time before does not count."""
         self.heard = now  # not what is still in the pipe
         self.running = dict.fromkeys(self.running, now)
 
@@ -553,7 +554,7 @@ class State:
     """What runs have learned of how long things take, kept in ft_state.json."""
 
     longest: dict[str, float] = dataclasses.field(default_factory=dict)  # seconds, by clock
-    # By clock: at which step its limit last ended a rank, until there is a higher one; and when.
+    # By clock: the step at which its limit ended a rank, and when; dropped at higher steps.
     killed: dict[str, tuple[int, float]] = dataclasses.field(default_factory=dict)
     run: str = ""  # that wrote last, on whichever node
 
@@ -606,7 +607,7 @@ class RankMonitorClientError(RuntimeError):
     """A call that cannot work; the message says what to do."""
 
 
-# Limits in force, in seconds; None is none.
+# Limits in force, in seconds; None: no limit.
 HeartbeatTimeouts = collections.namedtuple(
     "HeartbeatTimeouts", "initial subsequent were_calculated are_valid"
 )
@@ -634,7 +635,7 @@ class RankMonitorClient:
         self.is_initialized = False
         self.cfg: FaultToleranceConfig | None = None  # once connected
         self.open_sections: set[str] = set()
-        self._pipe = -1
+        self._pipe = self._stacks = -1
         self._pid = 0  # of the process that connected: a fork inherits this object
         self.stop_signal: str | None = None  # the last that came
         self._handlers: dict[int, Any] = {}  # the script's own, for SAVE_SIGNALS
@@ -662,10 +663,11 @@ class RankMonitorClient:
         path = None if state_file is None else os.path.abspath(state_file)
         self.cfg = FaultToleranceConfig.load()
         if self._pid != os.getpid():
-            self._pipe, self._pid = connect(), os.getpid()
+            (self._pipe, self._stacks), self._pid = connect(), os.getpid()
             self._announce_the_end()
         self.is_initialized = True
-        self._send("init", calculate=calculate_timeouts, state_file=path)
+        self.offer_stacks()
+        self._send("init", calculate=calculate_timeouts, state_file=path, pid=self._pid)
         earlier = self._earlier
         if path and calculate_timeouts:
             state = within(FILE_SECONDS, lambda: State.read(path))
@@ -728,14 +730,25 @@ class RankMonitorClient:
             self.is_initialized = False
             self.open_sections.clear()
 
+    def offer_stacks(self) -> None:
+        """Let the monitor have our stacks, again after a Trainer, which resets all signals.
+
+        faulthandler writes them even while the main thread is stuck in C code with the GIL.
+        """
+        import faulthandler
+
+        if self._stacks >= 0:
+            faulthandler.unregister(STACKS_SIGNAL)
+            faulthandler.register(STACKS_SIGNAL, file=self._stacks, chain=False)
+
     # -- a request to stop
 
     def stop_requested(self) -> str | None:
         """The signal that asks to save and end with exit code 0, such as "SIGTERM", or None.
 
         Call it once in the main thread before DataLoader workers start, and after each step. From
-        the first call on, these signals are only noted, but for a second Ctrl-C; earlier handlers
-        are called too. Ranks must agree on a step: not all may have got one.
+        the first call on, these signals are only noted, except a second Ctrl-C; earlier handlers
+        are called too. Ranks must agree on a step: some may have got no signal.
         """
         if not self.is_initialized:
             raise RankMonitorClientError(NOT_CONNECTED)
@@ -777,8 +790,9 @@ class RankMonitorClient:
 
     @staticmethod
     def _protect_this_worker() -> None:
-        if sys._getframe(1).f_globals.get("__name__") != "multiprocessing.popen_fork":
-            return  # it may exec another program, which would inherit the mask
+        process = sys._getframe(1).f_locals.get("process_obj")  # of multiprocessing's Popen
+        if getattr(getattr(process, "_target", None), "__module__", "") != DATALOADER:
+            return  # and of what it may exec, which would inherit the mask
         parent, term = os.getppid(), [signal.SIGTERM]
         for number in (signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, lambda number, frame: None)
@@ -869,7 +883,8 @@ class RankMonitorClient:
     def _reopen(self) -> None:
         """The script has closed our descriptor, as daemons close all that they find."""
         try:
-            self._pipe = connect()
+            self._pipe, self._stacks = connect()
+            self.offer_stacks()
         except RankMonitorClientError:
             self._unsent.clear()  # the monitor has ended, and so will we
 
@@ -897,23 +912,16 @@ class RankMonitorClient:
 NOT_CONNECTED = "not connected: call init_workload_monitoring() first"
 
 
-def connect() -> int:
-    """The pipe to the monitor, which can have our stacks from now on.
-
-    faulthandler writes them even while the main thread is stuck in C code with the GIL.
-    """
-    import faulthandler
-
+def connect() -> tuple[int, int]:
+    """Descriptors of the monitor's pipe, and for stacks, or -1."""
     if "FT_MONITOR_FD" not in os.environ:
         command = "python ft_launcher.py --nproc-per-node=N SCRIPT"
-        raise RankMonitorClientError(f"this process was not started by ft_launcher: {command}")
+        raise RankMonitorClientError(f"this process was not started by ft_launcher; run {command}")
     pipe = open_of_monitor("FT_MONITOR_FD", os.O_NONBLOCK)
     try:
-        stacks = open_of_monitor("FT_STACKS_FD", os.O_APPEND)
-        faulthandler.register(STACKS_SIGNAL, file=stacks, all_threads=True, chain=False)
-    except RuntimeError:
-        pass  # no stacks, then
-    return pipe
+        return pipe, open_of_monitor("FT_STACKS_FD", os.O_APPEND)
+    except RankMonitorClientError:
+        return pipe, -1
 
 
 def open_of_monitor(variable: str, flags: int) -> int:
@@ -1014,7 +1022,7 @@ def send(pid: int, number: int, how: Callable[[int, int], None] = os.kill) -> No
 
 
 def send_to_main_thread(pid: int, number: int) -> None:
-    """Any thread would handle a signal to the process, while the main one, continued, goes on."""
+    """Any thread may take a process's signal, while the continued main one runs on."""
     try:
         ctypes.CDLL(None).tgkill(pid, pid, number)
     except AttributeError:  # glibc has it since 2.30
@@ -1041,7 +1049,9 @@ def kill_descendants(mark: bytes = b"") -> list[int]:
     end (D state)."""
     deadline = time.monotonic() + REAP_SECONDS
     while True:
-        left = [x for x in descendants(os.getpid()) if mark in read_kernel(f"/proc/{x}/environ")]
+        left = descendants(os.getpid())
+        if mark:  # not else: reading it may wait for a process that hangs in the kernel
+            left = [pid for pid in left if mark in read_kernel(f"/proc/{pid}/environ")]
         for pid in left:
             send(pid, signal.SIGKILL)
         if not left or time.monotonic() > deadline:
@@ -1080,8 +1090,8 @@ def oom_kills() -> int:
 
 
 def within(seconds: float, function: Callable[[], Any]) -> Any:
-    """What a function returns or raises (OSError, ValueError); a TimeoutError if it takes longer,
-    as where a file system hangs: its thread is left behind."""
+    """Return what a function returns, or its OSError or ValueError; or a TimeoutError if it takes
+    longer, as where a file system hangs: its thread is left behind."""
     results: list[Any] = [TimeoutError(f"no answer within {seconds:g} s")]
 
     def call() -> None:
@@ -1293,6 +1303,8 @@ class RankMonitor:
         if kind == "init":
             report.connected, report.error, report.error_time = at, None, None
             report.calculate, report.state_file = message["calculate"], message["state_file"]
+            if message["pid"] in descendants(os.getpid()):
+                report.pid = message["pid"]
             report.over, self.flag = False, None  # one more fit: its end will tell
         elif kind == "heartbeat":
             report.heartbeat = at
@@ -1319,6 +1331,11 @@ class RankMonitor:
 
     # -- what is done to it
 
+    def _rank(self) -> int:
+        """The process that connected: with a wrapper, it descends from the one that we started."""
+        pid = self.report.pid or self.pid
+        return pid if pid == self.pid or pid in descendants(os.getpid()) else self.pid
+
     def _obey(self, number: int) -> None:
         launcher, patience = self.report.launcher_pid, self.config.workers_stop_timeout
         is_stopped_next = not signal.sigpending().isdisjoint(STOP_SIGNALS)
@@ -1329,7 +1346,7 @@ class RankMonitor:
             number = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
             self._end(End.STOPPED, reason, number, self.grace)
         elif number in USER_SIGNALS:
-            send(self.pid, number)
+            send(self._rank(), number)
         elif number == PEER_FAILED and not is_stopped_next:  # whose grace is to win
             self._end(End.PEER_FAILED, "its peer failed", 0, patience)
         # Also sent when only the launcher's thread that started us ends: hence the look.
@@ -1339,17 +1356,19 @@ class RankMonitor:
     def _end(self, end: End, reason: str, number: int, seconds: float) -> None:
         """Begin to end the rank: by a signal, 0 for none, and by SIGKILL some seconds later.
 
-        Once: what follows does not cut its grace short.
+        Once: only Ctrl-C again cuts its grace short.
         """
         if self.report.reason:
             return
         self.report.end, self.report.reason = end, reason
         self.kill_at = time.monotonic() + seconds
-        if end != End.STOPPED:
-            self.report.state = process_status(self.pid, "State")[:1]
-            self.report.stacks = self.stacks.take(self.pid, reason, is_ending=True)
-        # DataLoader workers that end before the rank would make it fail, not stop.
-        send(self.pid, number, os.kill if end == End.STOPPED else os.killpg)
+        rank = self._rank()
+        if end == End.STOPPED:  # not its DataLoader workers, without which it would fail
+            send(rank, number)
+        else:
+            self.report.state = process_status(rank, "State")[:1]
+            self.report.stacks = self.stacks.take(rank, reason, is_ending=True)
+            send(self.pid, number, os.killpg)
         send(self.pid, signal.SIGCONT, os.killpg)  # a stopped process takes no other signal
 
     def _wake_at(self) -> float:
@@ -1375,7 +1394,7 @@ class RankMonitor:
         elif now >= self._wake_at():
             self.warned.add(clock)
             what = self._waiting(now)
-            taken = self.stacks.take(self.pid, what, until=deadline)
+            taken = self.stacks.take(self._rank(), what, until=deadline)
             self.log.warning("%s%s", what, "; its stacks are kept" if taken else "")
 
     def _kill_if_due(self, now: float) -> None:
@@ -1394,8 +1413,11 @@ class RankMonitor:
         section, since = section_of(clock), self.clocks.running[clock]
         what = AWAITED.get(clock) or f"in section {section!r}"
         step = "" if self.report.step is None else f" at step {self.report.step}"
-        kind = "learned limit" if self.clocks.is_learned(clock) else "limit"
         flag = f"rank-section-timeouts={section}:SECONDS" if section else clock.replace("_", "-")
+        kind, configured = "limit", self.clocks.configured.get(clock, math.inf)
+        if self.clocks.is_learned(clock):
+            kind = "learned limit"
+            flag = "min-timeout" if configured >= self.config.min_timeout else flag
         what = f"{what} for {now - since:.1f} s{step}"
         limit = deadline - since
         return f"{what} ({kind} {limit:g} s, --ft-{flag})" if limit < math.inf else what
@@ -1461,7 +1483,7 @@ class Stacks:
         start = size = os.fstat(self.descriptor).st_size
         send_to_main_thread(pid, STACKS_SIGNAL)
         if is_ending:
-            send(pid, signal.SIGCONT, os.killpg)  # a stopped process does not answer
+            send(pid, signal.SIGCONT)  # a stopped process does not answer
         until = min(until, time.monotonic() + STACKS_SECONDS)
         while time.monotonic() < until:
             time.sleep(0.0005)  # they are written in one go, mostly quicker than this
@@ -1531,7 +1553,9 @@ COMMUNICATION_ERROR = (
 # For re.search: what may go away by itself, and is not the code's fault.
 INFRASTRUCTURE_ERROR = (
     rf"{COMMUNICATION_ERROR}|\b(connection(\w*error)?|\w*timeout(error)?|timed? out|broken pipe|"
-    r"CUDA error|CUDNN\w*|ECC|Input/output|Stale file|No space|quota|hung|SIGKILL)\b"
+    r"CUDA (error|driver|GPUs)|cudaGet\w*|CUDNN\w*|NVIDIA|ECC|Input/output|Stale file|No space|"
+    r"quota|Transport endpoint|Cannot allocate|Unavailable|Bad Gateway|Server Error|Bus error|"
+    r"hung|SIGKILL)\b"
 )
 # What waits for other ranks: a file, a function, or a call of C code, which has no frame.
 WAITING = (
@@ -1553,7 +1577,7 @@ class Outcome(str, enum.Enum):
 
 @dataclasses.dataclass
 class Incident:
-    """How an attempt on this node ended: a line of incidents.jsonl. Times are since the epoch."""
+    """How an attempt ended: a line of incidents.jsonl. Times are since the epoch."""
 
     attempt: int
     start: float
@@ -1670,16 +1694,16 @@ def judge(
     def blame(report: Report) -> tuple[float, ...]:
         is_cause = failed_by_itself(report)
         return (
-            not is_cause,  # the others failed, or waited, because of it
-            is_cause and (report.error_time or report.ended or 0.0),  # later ones because of it
-            report.rank in waiting,  # not what was waited for
-            report.status == 0,  # missed only by those who wait
-            -1 if report.step is None else report.step,  # fell behind
-            bool(report.connected),  # did not get as far
-            int((report.heartbeat or 0.0) - newest),  # silent for longest, in whole seconds
+            not is_cause,  # first who failed by itself: others did, or waited, because of it
+            is_cause and (report.error_time or report.ended or 0.0),  # who failed first
+            report.rank in waiting,  # who was waited for
+            report.status == 0,  # who did not end well: only those who wait miss who did
+            -1 if report.step is None else report.step,  # who fell behind
+            bool(report.connected),  # who did not get as far
+            int((report.heartbeat or 0.0) - newest),  # who was silent longest, in whole seconds
             crowd[places.get(report.rank)],  # the odd one out
-            report.end != End.HUNG,  # ended for that, before others complained
-            report.error_time or math.inf,  # complained first
+            report.end != End.HUNG,  # who was ended for that, before others complained
+            report.error_time or math.inf,  # who complained first
         )
 
     first, *others = sorted(reports, key=blame)

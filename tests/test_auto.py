@@ -153,6 +153,20 @@ def test_a_stop_saves_there_and_the_next_run_resumes_at_that_step(
     assert {m["checkpoint"] for m in saved} == {str(path)}, "no restart would resume elsewhere"
 
 
+def test_a_fit_that_has_resumed_does_not_save_at_once(
+    new_run: Run, monitor: Heard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fault at one step would look like progress, one step in each attempt."""
+    saved = []
+    for _ in range(2):
+        new_run()
+        monkeypatch.setenv("FT_AUTO_SAVE_MINUTES", "60")
+        with pytest.raises(KeyError, match="a fault"):
+            make_trainer(tmp_path).fit(Model(6))
+        saved.append([message["step"] for message in monitor() if message["type"] == "saved"])
+    assert saved == [[1], []]
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -492,7 +506,8 @@ def test_a_training_that_follows_a_complete_one_starts_anew(begin: Callable[...,
     flag.touch()
     _, _, told = begin("train.py")
     assert f"the training before was complete: starting a new one in {directory}" in told
-    assert {path.name for path in directory.iterdir()} == {"finished.evidence", "ft_state.json"}
+    kept = {"finished.evidence", "ft_state.json", "plugin"}
+    assert {path.name for path in directory.iterdir()} == kept
 
 
 def test_a_finished_flag_of_the_users_own_is_left_to_him(

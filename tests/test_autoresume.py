@@ -76,6 +76,7 @@ def test_a_flag_at_the_start_runs_nothing(run: Callable[..., Started], directory
     assert job.wait() == 0
     assert starts(directory) == 0
     assert f"training is complete: {directory}/done" in job.output
+    assert f"for another training, remove {directory}/done, or give --flag" in job.output
 
 
 def test_a_flag_ends_it_whatever_the_exit_code(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import datetime
+import functools
 import itertools
 import json
 import logging
@@ -43,6 +44,7 @@ from pytorch_lightning.demos.boring_classes import BoringModel as BoringModelOfP
 from torch.utils.data import DataLoader
 
 import ft_callback
+import ft_monitor
 from ft_callback import FaultToleranceCallback, SimulatedFaultParams
 from ft_monitor import (
     FLAG_VARIABLE,
@@ -405,13 +407,19 @@ def test_max_time_completes_a_training_when_it_is_used_up_but_not_the_run_that_i
 @pytest.mark.parametrize("epochs", [1, 9])
 @pytest.mark.parametrize("batches", [1, 2])
 def test_whoever_else_stops_a_training_wants_it_to_go_on_later(
-    flag: Path, monitor: Heard, tmp_path: Path, batches: int, epochs: int
+    flag: Path,
+    monitor: Heard,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    batches: int,
+    epochs: int,
 ) -> None:
     """Also in the last epoch, which Lightning then counts as one that is over."""
     day = datetime.timedelta(days=1)
     stops = Stop(batches), EarlyStopping("score")
     assert fit(tmp_path, *stops, max_epochs=epochs, max_time=day).global_step == batches
     assert reason(monitor()) is None
+    assert "the script stopped it, so training is not complete" in caplog.text
 
 
 def test_a_stop_with_the_last_batch_of_the_last_epoch_completes_a_training(
@@ -520,6 +528,24 @@ def test_a_fit_after_another_has_lost_nothing_whatever_became_of_that(
     Path(f"{flag}.progress").write_text(json.dumps(noted))
     fit(tmp_path / "1", max_epochs=1)
     assert "TRAINING STARTS AT STEP 0" not in caplog.text
+
+
+def test_a_process_can_give_its_stacks_also_after_a_fit(
+    flag: Path, monitor: Heard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning resets the handlers of all signals as it ends."""
+    with open(tmp_path / "stacks", "w") as file:
+        monkeypatch.setenv("FT_STACKS_FD", str(file.fileno()))
+        for _ in range(2):
+            fit(tmp_path, max_epochs=1)
+            before = (tmp_path / "stacks").stat().st_size
+            assert (
+                int(ft_monitor.process_status(os.getpid(), "SigCgt"), 16)
+                >> (ft_monitor.STACKS_SIGNAL - 1)
+                & 1
+            ), "it would end this process"
+            signal.raise_signal(ft_monitor.STACKS_SIGNAL)
+            assert (tmp_path / "stacks").stat().st_size > before
 
 
 def test_a_fit_learns_nothing_from_the_state_of_one_before_it(
@@ -822,17 +848,28 @@ def signalled_by_another(pid: int) -> None:
 def test_a_forked_worker_outlives_signals_that_are_not_its_parents(
     flag: Path, monitor: Heard, tmp_path: Path
 ) -> None:
+    def load() -> None:
+        time.sleep(30)
+
+    load.__module__ = ft_monitor.DATALOADER
+
     def act(batch_idx: int) -> None:
-        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
-        worker.start()
-        assert worker.pid
-        time.sleep(0.3)  # until it is past its start
-        signalled_by_another(worker.pid)
-        worker.join(0.5)
-        assert worker.is_alive()
-        worker.terminate()
-        worker.join(10)
-        assert worker.exitcode == 0
+        context = multiprocessing.get_context("fork")
+        for target, exitcode in (
+            (load, 0),
+            (functools.partial(time.sleep, 30), 128 + signal.SIGTERM),
+        ):
+            worker = context.Process(target=target)
+            worker.start()
+            assert worker.pid
+            time.sleep(0.3)  # until it is past its start
+            if target is load:  # others get signals as without us
+                signalled_by_another(worker.pid)
+                worker.join(0.5)
+                assert worker.is_alive()
+            worker.terminate()
+            worker.join(10)
+            assert worker.exitcode == exitcode
 
     fit(tmp_path, model=Model(act), max_epochs=1, limit_train_batches=1)
     assert reason(monitor()) == "max_epochs=1 reached"

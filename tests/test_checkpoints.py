@@ -286,12 +286,13 @@ def fit(
     epochs: int = 1,
     callbacks: Any = (),
     strategy: Any = "auto",
+    logger: Any = False,
     **keep: Any,
 ) -> Trainer:
     defaults = {"dirpath": directory / "checkpoints", "save_on_train_epoch_end": True}
     options: dict[str, Any] = {**defaults, "save_last": True, **keep}
     trainer = Trainer(
-        accelerator="cpu", devices=1, logger=False, enable_progress_bar=False,
+        accelerator="cpu", devices=1, logger=logger, enable_progress_bar=False,
         enable_model_summary=False, default_root_dir=directory, max_epochs=epochs,
         limit_train_batches=2, limit_val_batches=0, plugins=list(plugins), strategy=strategy,
         callbacks=[
@@ -630,6 +631,28 @@ def test_a_training_that_starts_anew_although_a_checkpoint_was_saved_says_what_t
     assert [text for text in (ASK, KEEP, FIX, GONE) if text in warning] == [advice]
 
 
+def test_a_fixed_ckpt_path_at_which_every_run_starts_again_is_told(
+    flag: Path,
+    monitor: Heard,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    fit(tmp_path)
+    start = str(shutil.copy(tmp_path / "checkpoints" / "last.ckpt", tmp_path / "start.ckpt"))
+    for epochs, path in ((2, start), (3, "last"), (4, start)):
+        noted(flag, monitor())
+        a_later_run(monkeypatch)
+        assert "TRAINING STARTS" not in caplog.text
+        fit(tmp_path, epochs=epochs, ckpt_path=path)
+    assert "TRAINING STARTS AT STEP 2 ALTHOUGH STEP 6 WAS SAVED" in caplog.text
+    assert f"*** trainer.fit(ckpt_path='{start}') loaded {start}: give it \"last\"" in caplog.text
+    caplog.clear()
+    a_later_run(monkeypatch)
+    fit(tmp_path / "tuned", epochs=2, ckpt_path=start)
+    assert "TRAINING STARTS" not in caplog.text, "that is another training, which has lost nothing"
+
+
 def test_a_remote_checkpoint_is_named_as_it_is(
     flag: Path,
     monitor: Heard,
@@ -643,6 +666,34 @@ def test_a_remote_checkpoint_is_named_as_it_is(
         noted(flag, monitor())
     known = "*** trainer.fit(ckpt_path=None) loaded nothing"
     assert f"*** in memory://{tmp_path.name}/last.ckpt\n{known}" in caplog.text
+
+
+def test_checkpoints_that_others_write_are_reported_once_they_are_written(
+    flag: Path,
+    monitor: Heard,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """By the next hook: autoresume.sh would take such a training for one without progress."""
+
+    class Failing(Own):
+        def save_checkpoint(self, checkpoint: Any, *args: Any, **kwargs: Any) -> None:
+            if checkpoint["global_step"] == 4:
+                raise OSError(28, "No space left on device")
+            super().save_checkpoint(checkpoint, *args, **kwargs)
+
+    with pytest.raises(OSError, match="No space"):
+        fit(tmp_path, Failing(), epochs=3)
+    messages = monitor()
+    assert [m["checkpoint"] for m in messages if m["type"] == "saved"] == [
+        f"{tmp_path}/checkpoints/"
+    ] * 2, "with its link"
+    assert noted(flag, messages) == [2, 2]
+    a_later_run(monkeypatch)
+    fit(tmp_path, Own(), ckpt_path=None)
+    assert "TRAINING STARTS AT STEP 0 ALTHOUGH STEP 2 WAS SAVED" in caplog.text
+    assert f"*** in {tmp_path}/checkpoints/\n*** trainer.fit(ckpt_path=None) loaded" in caplog.text
 
 
 @pytest.mark.parametrize("text", ["", "[]", "not JSON", '{"step": null}', '{"step": 3}'])
@@ -693,6 +744,7 @@ def told(caplog: pytest.LogCaptureFixture) -> list[str]:
         ({"monitor": "step", "save_top_k": -1}, None),
         ({"monitor": "step", "every_n_train_steps": 1, "save_on_train_epoch_end": None}, None),
         ({}, None),
+        ({"dirpath": None, "logger": True}, "each run has its own checkpoints: give ModelCheckpo"),
     ],
     ids=lambda value: str(value)[:30],
 )

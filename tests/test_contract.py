@@ -11,6 +11,8 @@ import dataclasses
 import importlib
 import inspect
 import json
+import multiprocessing.popen_fork
+import multiprocessing.process
 import os
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from typing import Any
 
 import pytest
 import torch.distributed.run
+import torch.utils.data._utils.worker
 from conftest import ROOT
 from torch.distributed.argparse_util import env
 from torch.distributed.elastic.agent.server import api as agent_api
@@ -29,6 +32,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
 from torch.distributed.elastic.rendezvous import dynamic_rendezvous as c10d
 from torch.distributed.launcher.api import LaunchConfig
+
+import ft_monitor
 
 
 def source(thing: Any) -> str:
@@ -55,6 +60,11 @@ TORCH: dict[str, Callable[[], bool]] = {
     ),
     "argparse knows options by their strings": lambda: (
         "--help" in argparse.ArgumentParser()._option_string_actions
+    ),
+    "a DataLoader's workers run a function of this module, and a fork of them shows it": lambda: (
+        torch.utils.data._utils.worker._worker_loop.__module__ == ft_monitor.DATALOADER
+        and {"self", "process_obj"} <= parameters(vars(multiprocessing.popen_fork.Popen)["_launch"])
+        and "self._target" in source(multiprocessing.process.BaseProcess)
     ),
     "torch's action `env` takes an option from PET_...": lambda: (
         issubclass(env, argparse.Action) and "PET_" in source(env)

@@ -83,7 +83,7 @@ clocks = st.sampled_from(
 seconds = st.floats(min_value=1e-9, allow_infinity=False, allow_nan=False)
 optional_texts = st.none() | texts
 FIELDS: dict[str, dict[str, Any]] = {  # of each message; `complete` may not create files here
-    "init": {"calculate": st.booleans(), "state_file": optional_texts},
+    "init": {"calculate": st.booleans(), "state_file": optional_texts, "pid": st.integers()},
     "heartbeat": {"step": st.none() | integers},
     "section": {"name": sections, "open": st.booleans()},
     "learned": {"longest": st.dictionaries(clocks, seconds, max_size=3)},

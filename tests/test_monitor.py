@@ -10,6 +10,7 @@ import os
 import pickle
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -212,7 +213,7 @@ def test_every_setting_has_a_flag(name: str) -> None:
 # ------------------------------------------------------------------------------------ messages
 
 MESSAGES: dict[str, Message] = {
-    "init": {"calculate": True, "state_file": "/a/b"},
+    "init": {"calculate": True, "state_file": "/a/b", "pid": 7},
     "heartbeat": {"step": 8},
     "section": {"name": "save", "open": True},
     "learned": {"longest": {"rank_heartbeat_timeout": 12.5}},
@@ -366,7 +367,12 @@ def test_the_client_sends_what_the_table_of_messages_tells(
         client.send_workload_control_request(ft_monitor.WorkloadControlRequest(action, "hot"))
         client.shutdown_workload_monitoring()
         assert without_time(inbox.read()) == [
-            {"type": "init", "calculate": True, "state_file": f"{tmp_path}/missing.json"},
+            {
+                "type": "init",
+                "calculate": True,
+                "state_file": f"{tmp_path}/missing.json",
+                "pid": os.getpid(),
+            },
             {"type": "learned", "longest": {"a": 2}},
             {"type": "heartbeat", "step": 7},
             {"type": "heartbeat", "step": None},
@@ -405,7 +411,9 @@ def test_without_a_monitor_the_client_says_why(
     with pytest.raises(RankMonitorClientError, match=f"no rank monitor at /proc/{pid}/fd/{fd}, "):
         RankMonitorClient().init_workload_monitoring()
     monkeypatch.delenv("FT_MONITOR_FD")
-    with pytest.raises(RankMonitorClientError, match=r"not started by ft_launcher: python ft_laun"):
+    with pytest.raises(
+        RankMonitorClientError, match=r"not started by ft_launcher; run python ft_l"
+    ):
         RankMonitorClient().init_workload_monitoring()
 
 
@@ -565,6 +573,22 @@ def test_kills_for_want_of_memory_are_those_of_the_control_group_if_it_counts_th
 
     monkeypatch.setattr(ft_monitor, "open", opened, raising=False)
     assert ft_monitor.oom_kills() == kills
+
+
+def test_what_is_killed_whoever_it_is_is_not_asked_for_its_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """To read that may wait for ever for a process that hangs in the kernel."""
+
+    def read(path: str) -> bytes:
+        raise AssertionError(path)
+
+    monkeypatch.setattr(ft_monitor, "read_kernel", read)
+    with subprocess.Popen([*PYTHON, "-c", "import time; time.sleep(60)"]) as child:
+        found = [child.pid]
+        monkeypatch.setattr(ft_monitor, "descendants", lambda pid: [found.pop()] if found else [])
+        assert ft_monitor.kill_descendants() == []
+        assert child.wait() == -signal.SIGKILL
 
 
 # -------------------------------------------------------------------------- a rank that ends
@@ -940,6 +964,22 @@ def test_a_wrapper_that_closes_descriptors_is_no_obstacle(watch: Watch, tmp_path
     script = "[sys.executable, 'rank.py', 'connect(); beat(4)']"
     watched = watch(f"sys.exit(subprocess.call({script}, close_fds=True))")
     assert (watched.ends(), watched.report.step, watched.report.over) == (0, 4, True)
+
+
+def test_signals_go_to_the_rank_behind_a_wrapper_and_its_stacks_are_taken(watch: Watch) -> None:
+    """A shell script without exec: the signal would end the shell, and that the rank."""
+    rank = "on(15, lambda: (saved(9), tell('saved'), os._exit(0))); connect(); beat(4)"
+    rank += "; tell('ready'); hang()"
+    script = f"{sys.executable} rank.py {shlex.quote(rank)}; echo rest of the script"
+    body = f"sys.exit(subprocess.call(['sh', '-c', {script!r}]))"
+    stopped = watch(body)
+    stopped.send(signal.SIGTERM)
+    assert stopped.ends() == 0 and "rest of the script" in stopped.output
+    assert (stopped.report.saved, stopped.report.reason) == (9, "stopped by SIGTERM")
+    (stopped.directory / "ready").unlink()
+    hung = watch(body, rank_heartbeat_timeout=0.5)
+    assert hung.ends() == -signal.SIGKILL
+    assert hung.report.stacks and IN_THE_RANK in hung.stacks
 
 
 # ------------------------------------------------------------------------------ the report

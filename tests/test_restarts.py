@@ -117,6 +117,13 @@ def test_the_same_error_at_the_same_line_with_no_new_step_is_a_bug() -> None:
     assert decisions(0, ended(error=X), ended(error=X)) == [None, BUG], "before the first step too"
 
 
+def test_the_same_error_at_the_same_step_is_a_bug_whatever_was_saved_in_between() -> None:
+    assert decisions(9, ended(5, 1, X), ended(5, 2, X)) == [None, BUG]
+    assert decisions(9, ended(5, 1, X), ended(4, 2, X)) == [None, None], "it came at another step"
+    assert decisions(9, ended(5, 1, X), ended(None, 2, X)) == [None, None], "steps are not known"
+    assert decisions(9, ended(0, 1, X), ended(0, 2, X)) == [None, BUG], "0 is a step"
+
+
 def test_an_error_that_tells_of_other_numbers_is_the_same() -> None:
     errors = [f"ValueError: batch at 0x7f{n}a has {n} items (a.py:7 in f)" for n in (1, 2)]
     assert decisions(0, *[ended(7, error=error) for error in errors]) == [None, BUG]
@@ -135,6 +142,13 @@ def test_an_error_that_tells_of_other_numbers_is_the_same() -> None:
         "OSError: [Errno 28] No space left on device",
         "OSError: [Errno 122] Disk quota exceeded",
         "BrokenPipeError: [Errno 32] Broken pipe",
+        "RuntimeError: No CUDA GPUs are available",
+        "RuntimeError: Unexpected error from cudaGetDeviceCount(). Error 802: not yet initialized",
+        "RuntimeError: CUDA driver initialization failed, you might not have a CUDA gpu.",
+        "OSError: [Errno 107] Transport endpoint is not connected: '/data'",
+        "BlockingIOError: [Errno 11] Resource temporarily unavailable",
+        "OSError: [Errno 12] Cannot allocate memory",
+        "HfHubHTTPError: 503 Server Error: Service Unavailable for url: https://hub",
     ],
 )
 def test_what_another_node_or_the_infrastructure_may_cause_is_not_a_bug(error: str) -> None:
@@ -158,12 +172,16 @@ def test_an_attempt_that_fails_twice_alike_before_it_connects_is_a_bug_where_it_
         SimpleNamespace(**{**vars(ended()), "connected": False, "why": f"rank 0 (pid {pid}) {why}"})
         for pid in (812, 97)
     ]
-    policy = RestartPolicy(9, needs_connection=True)
+    policy = RestartPolicy(9, is_new=True)
     reasons = [policy.why_not(incident) for incident in incidents]  # type: ignore[arg-type]
     assert reasons[0] is None and (reasons[1] is not None) == is_bug
     if is_bug:
         assert reasons[1] == f"{BUG}, no new step and the same error again: {incidents[1].why}"
     assert decisions(9, *incidents) == [None, None], "where it need not, as under torchrun"
+    trained = SimpleNamespace(**{**vars(ended(7)), "connected": True})
+    policy = RestartPolicy(9, is_new=True)
+    reasons = [policy.why_not(incident) for incident in (trained, *incidents)]  # type: ignore[arg-type]
+    assert reasons == [None] * 3, "what could train before is not a bug of the code's"
 
 
 @pytest.mark.parametrize("place", ["connection.py:7 in decode", "train.py:9 in set_timeout"])
@@ -263,6 +281,16 @@ for step in range(20):
     time.sleep(0.02)
 DO
 """
+
+
+@pytest.mark.parametrize(("options", "limit"), [(["--ft-auto"], 1800), ([], None)])
+def test_a_first_start_is_watched_if_it_is_known_that_limits_will_be_learned(
+    job: Launch, tmp_path: Path, options: list[str], limit: float | None
+) -> None:
+    assert job(options, "sys.exit(7)").wait() == 1
+    assert (
+        read_reports(tmp_path / "runs")["attempt_0/rank0"]["limits"].get("startup_timeout") == limit
+    )
 
 
 def test_what_an_attempt_has_learned_holds_in_the_next_one_and_in_later_runs(
@@ -859,6 +887,7 @@ GROUP = (
     REQUEST
     + """
 NODE, WORLD, GROUP = os.environ["NODE"], int(os.environ["WORLD_SIZE"]), os.environ["MASTER_PORT"]
+signal.signal(signal.SIGTERM, lambda *args: ((HERE / f"saved_{NODE}").touch(), sys.exit()))
 (HERE / f"pid_{NODE}").write_text(str(os.getpid()))
 (HERE / f"pid_{NODE}").rename(HERE / f"{GROUP}_{NODE}")
 for step in range(100_000):
@@ -882,8 +911,8 @@ for step in range(100_000):
 )
 
 
-def test_a_node_that_joins_costs_no_restart_and_the_host_of_the_store_may_leave(
-    two_nodes: Nodes,
+def test_a_node_that_joins_costs_neither_a_restart_nor_steps_and_the_stores_host_may_leave(
+    two_nodes: Nodes, tmp_path: Path
 ) -> None:
     nodes = two_nodes("", GROUP, "2:3", restarts=1, spares="c")
     for node in nodes:
@@ -891,6 +920,7 @@ def test_a_node_that_joins_costs_no_restart_and_the_host_of_the_store_may_leave(
     host, *others = (node.output for node in nodes)
     assert "this node leaves the job: a rank asked for it: GPU 3 is lost" in host
     assert all("restarting, 1 of 1 left" in endings(text)[-1] for text in others), others
+    assert list(tmp_path.glob("saved_[ab]")), "ranks are told to save"
 
 
 def test_a_node_whose_ranks_ended_well_starts_again_with_one_whose_ranks_failed_later(

@@ -33,7 +33,7 @@ Message = dict[str, Any]
 Watch = Callable[..., Watched]
 SAVE, LOAD, NEVER = map(section_clock, ("save", "load", "never"))
 
-INIT: Message = {"type": "init", "calculate": False, "state_file": None}
+INIT: Message = {"type": "init", "calculate": False, "state_file": None, "pid": 7}
 LEARN: Message = {**INIT, "calculate": True}
 BEAT: Message = {"type": "heartbeat", "step": None}
 SHUTDOWN: Message = {"type": "shutdown"}
@@ -330,7 +330,7 @@ def test_a_hung_rank_is_killed_by_a_limit_that_earlier_runs_have_learned(
         str(tmp_path / "state.json"),
         [INITIAL, HEARTBEAT, SAVE, STARTUP],
     )
-    assert "(learned limit 1 s, --ft-rank-heartbeat-timeout)" in watched.log[-1]
+    assert "(learned limit 1 s, --ft-min-timeout)" in watched.log[-1]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
