@@ -183,8 +183,7 @@ exclude_bad_nodes() {
   sinfo --noheader --Node --partition "${BASH_REMATCH[1]}" --format %N | wc -l | read -r total
   most=$((total < 8 ? 1 : total / 4))
   ((total - most >= BASH_REMATCH[3])) || most=0
-  printf -v since '%(%s)T' -1 # bash 4 has no EPOCHSECONDS
-  printf -v since '%(%FT%T)T' $((since - 86400))
+  date --date='1 day ago' +%FT%T | read -r since
   tac -- "$flag.bad_nodes" | while IFS= read -r line; do
     [[ $line =~ '"time": "'([^\"]*)'", "host": "'([^\"]*) && ${BASH_REMATCH[1]} > $since ]] &&
       [[ " ${bad[*]} " != *" ${BASH_REMATCH[2]} "* ]] && bad+=("${BASH_REMATCH[2]}")

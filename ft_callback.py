@@ -66,7 +66,8 @@ from ft_monitor import (
     RankMonitorClientError,
     WorkloadAction,
     WorkloadControlRequest,
-    progress_files,
+    describe_error,
+    progress_file,
     within,
 )
 
@@ -126,14 +127,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self.saved: Callable[[Any, Any], None] | None = None  # told of a checkpoint, and its path
         self.dispensable = ""  # path; that it cannot be written does not end training
         self._thread: concurrent.futures.ThreadPoolExecutor | None = None
-        self._error: BaseException | None = None  # in the thread
+        self._last: concurrent.futures.Future[None] | None = None  # what it does last
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_thread": None}
+        return {**vars(self), "_thread": None, "_last": None}
 
     def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
         with self.section():
-            self._raise_error()
+            if self._last is not None and self._last.done():
+                self.teardown()
             if "://" not in str(path):  # now, as a link there may follow before the thread
                 path = Path(path).expanduser()
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -167,30 +169,23 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def teardown(self) -> None:
         """Wait for the thread. Raises what has kept it from writing."""
-        if self._thread is not None:
-            self._thread.shutdown(wait=True)
-            self._thread = None
-        self._raise_error()
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
 
     def _do(self, function: Callable[..., Any], *args: Any) -> None:
         """Now; or in the thread, after all that came before."""
         if self.is_async:
             self._thread = self._thread or concurrent.futures.ThreadPoolExecutor(1)
-            self._thread.submit(self._do_in_thread, function, *args)
+            self._last = self._thread.submit(self._follow, self._last, function, *args)
         else:
             function(*args)
 
-    def _do_in_thread(self, function: Callable[..., Any], *args: Any) -> None:
-        if self._error is None:  # after a failed write, its predecessor must stay
-            try:
-                function(*args)
-            except BaseException as error:  # for the main thread
-                self._error = error
-
-    def _raise_error(self) -> None:
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
+    @staticmethod
+    def _follow(before: Any, function: Callable[..., Any], *args: Any) -> None:
+        if before is not None:
+            before.result()  # after a failed write, its predecessor must stay
+        function(*args)
 
 
 def write_checkpoint(checkpoint: Mapping[str, Any], target: Path) -> None:
@@ -284,7 +279,7 @@ def given_to_fit(trainer: pl.Trainer) -> dict[str, Any]:
     return given
 
 
-def obstacles(trainer: pl.Trainer, given: Mapping[str, Any], rolling: Path | None) -> Iterator[str]:
+def obstacles(trainer: Any, given: Mapping[str, Any], rolling: Path | None) -> Iterator[str]:
     """What will keep restarts from resuming, and the line to change. On all ranks."""
     if rolling is not None:
         return
@@ -301,7 +296,7 @@ def obstacles(trainer: pl.Trainer, given: Mapping[str, Any], rolling: Path | Non
     choosy = [k.save_top_k == 0 or (k.monitor and k.save_top_k > 0) for k in keepers]
     if keepers and all(choosy) and all(keeper.every_n_epochs for keeper in keepers):
         yield f"the last checkpoint is seldom written: {KEEP_LAST} without monitor"
-    for callback in getattr(trainer, "callbacks", []):
+    for callback in trainer.callbacks:
         kind = type(callback)
         if is_lightnings(kind.on_fit_start, *TUNERS):
             yield f"{kind.__name__} would run again, and training start at step 0: use Tuner"
@@ -372,7 +367,7 @@ def resuming(fit: Callable[..., None], directory: Path) -> Callable[..., None]:
         name = type(getattr(values["model"], "_orig_mod", values["model"])).__name__
         path = directory / f"fit_{name}_{fits[name]}.ckpt"
         fits[name] += 1
-        if not getattr(trainer, "fast_dev_run", False):
+        if not trainer.fast_dev_run:
             ours = callback_of(trainer, directory)
             tuners = [x for x in trainer.callbacks if is_lightnings(type(x).on_fit_start, *TUNERS)]
             is_ours = values.get("ckpt_path") is None and not tuners
@@ -491,7 +486,7 @@ class FaultToleranceCallback(pl.Callback):
         self._client.init_workload_monitoring(None, self.calculate_timeouts, state_file)
         self._fit = Fit(given_to_fit(trainer))
         self._client.protect_workers()
-        self._be_in(RESUME if os.path.exists(progress_files()[-1]) else SETUP)
+        self._be_in(RESUME if os.path.exists(progress_file()) else SETUP)
         self._check_set_up(trainer)
         self._put_checkpoint_io(trainer)
         if self.fault is not None:
@@ -752,11 +747,10 @@ class FaultToleranceCallback(pl.Callback):
         try:
             torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
         except Exception as error:  # whatever a restart would end with
-            text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())
+            text = describe_error(error)
             if isinstance(error, pickle.UnpicklingError):
                 text = f"give trainer.fit(..., weights_only=False): {text}"
-            message = "*** NO RESTART CAN LOAD %s ***\n*** %s: %s"
-            self.logger.warning(message, path, type(error).__name__, text)
+            self.logger.warning("*** NO RESTART CAN LOAD %s ***\n*** %s", path, text)
 
     def _check_start(self, trainer: pl.Trainer) -> None:
         """Nothing costs more than training again from the start, or apart."""
@@ -770,7 +764,7 @@ class FaultToleranceCallback(pl.Callback):
         if self.has_trained or not trainer.is_global_zero:
             return
         try:
-            noted = json.loads(Path(progress_files()[-1]).read_text(encoding="utf-8"))
+            noted = json.loads(Path(progress_file()).read_text(encoding="utf-8"))
             saved, checkpoint = int(noted["step"]), str(noted["checkpoint"])
         except (OSError, *BROKEN):
             return
@@ -854,9 +848,9 @@ class FaultToleranceCallback(pl.Callback):
                 Path(f"{flag}.stop").unlink(missing_ok=True)
         raise SystemExit(0)
 
-    def _why_complete(self, trainer: pl.Trainer) -> str | None:
+    def _why_complete(self, trainer: Any) -> str | None:
         """Why there is nothing left to train; None if a next run has to resume."""
-        if self._fit.complete or getattr(trainer, "fast_dev_run", False):
+        if self._fit.complete or trainer.fast_dev_run:
             return self._fit.complete
         if 0 < trainer.max_steps <= trainer.global_step:
             return f"max_steps={trainer.max_steps} reached"
@@ -868,7 +862,7 @@ class FaultToleranceCallback(pl.Callback):
             if stopping.stopping_reason_message is not None:
                 return f"stopped early: {stopping.stopping_reason_message}"
         # A Timer that earlier runs have used up stops this one at once.
-        timers = [x for x in getattr(trainer, "callbacks", []) if hasattr(x, "time_remaining")]
+        timers = [x for x in trainer.callbacks if hasattr(x, "time_remaining")]
         is_spent = any((timer.time_remaining() or 1) <= 0 for timer in timers)
         return "max_time used up" if is_spent and self._fit.batches <= 1 else None
 

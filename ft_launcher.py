@@ -56,8 +56,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = os.path.dirname(os.path.realpath(__file__))
-if HERE not in sys.path:  # as with python -P
-    sys.path.append(HERE)
+sys.path.append(HERE)  # for python -P
 
 import ft_monitor
 from ft_monitor import (
@@ -68,25 +67,16 @@ from ft_monitor import (
     FaultToleranceConfig,
     Incident,
     Outcome,
-    Place,
     Report,
     State,
     WorkloadAction,
 )
 
 
-def ignore_user_signals() -> None:
-    """Schedulers send them to every process, and by default they end it."""
-    for number in USER_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
 def end_early(number: int, frame: Any) -> None:
     """Until torch's agent has handlers. PID 1 of a container ignores signals without one."""
     os._exit(128 + number)
 
-
-ENVIRONMENT = dict(os.environ)  # as it was given
 
 if __name__ == "__main__":  # before torch, whose import takes seconds
     if ft_monitor.asks_to_look(sys.argv[1:]):
@@ -95,8 +85,9 @@ if __name__ == "__main__":  # before torch, whose import takes seconds
         remedy = "activate its environment"
         print(f"ft_launcher.py: error: {sys.executable} has no torch: {remedy}", file=sys.stderr)
         sys.exit(2)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # for this process alone
-    ignore_user_signals()
+    if "TORCH_CPP_LOG_LEVEL" not in os.environ:
+        os.putenv("TORCH_CPP_LOG_LEVEL", "FATAL")  # for this process alone
+    ft_monitor.ignore(USER_SIGNALS)
     for early in ft_monitor.STOP_SIGNALS:
         if signal.getsignal(early) != signal.SIG_IGN:  # as under nohup
             signal.signal(early, end_early)
@@ -215,9 +206,9 @@ def bug_of(error: str | None) -> str | None:
     return re.sub(r"0x[0-9a-f]+|\d+", "#", message) + error.removeprefix(message)
 
 
-def requested(ended: Incident | Evidence, action: WorkloadAction) -> str | None:
+def requested(incident: Incident, action: WorkloadAction) -> str | None:
     """Why a rank has asked for this; None if none has."""
-    reasons = [x["reason"] for x in ended.requests if x["action"] == action.name]
+    reasons = [x["reason"] for x in incident.requests if x["action"] == action.name]
     return f"a rank asked for it: {reasons[0]}" if reasons else None
 
 
@@ -248,13 +239,10 @@ class Job:
     incidents: list[Incident] = dataclasses.field(default_factory=list)  # also in incidents.jsonl
     state: State = dataclasses.field(default_factory=State)
 
-    def has_file(self, suffix: str = "") -> bool:
+    def has_flag(self, suffix: str = "") -> bool:
         """Whether FLAG, or a file beside it, is there."""
         exists = functools.partial(os.path.exists, f"{self.flag or ''}{suffix}")
         return ft_monitor.within(ft_monitor.FILE_SECONDS, exists) is True
-
-    def is_complete(self) -> bool:
-        return self.has_file()
 
     def keep_evidence(self) -> None:
         """Copy it to FLAG.evidence: after a job, nobody may reach this host's files."""
@@ -276,7 +264,7 @@ class Job:
             before = State.read(path) if path else self.state
             after = before.after(reports, self.run_id)
             if path:
-                after.write(path)
+                ft_monitor.write_file(path, json.dumps(dataclasses.asdict(after), indent=2))
             return before, after
 
         result = ft_monitor.within(ft_monitor.FILE_SECONDS, update)
@@ -323,18 +311,11 @@ class Evidence:
 
     outcome: Outcome
     reports: list[Report]
-    places: dict[int, Place] = dataclasses.field(default_factory=dict)  # by rank
-
-    @property
-    def requests(self) -> list[dict[str, str]]:
-        return [report.request for report in self.reports if report.request]
 
     @classmethod
     def parse(cls, text: bytes) -> Evidence:
         values = json.loads(text)
-        reports = [Report(**report) for report in values["reports"]]
-        places = {int(rank): Place(**place) for rank, place in values["places"].items()}
-        return cls(Outcome(values["outcome"]), reports, places)
+        return cls(Outcome(values["outcome"]), [Report(**x) for x in values["reports"]])
 
 
 class FaultToleranceAgent(LocalElasticAgent):
@@ -347,7 +328,6 @@ class FaultToleranceAgent(LocalElasticAgent):
         self._attempt = -1
         self._started = 0.0  # the newest attempt, wall clock
         self._evidence: Evidence | None = Evidence(Outcome.WELL, [])  # of how it has ended
-        self._is_noted = True  # whether that is in incidents.jsonl
         self._listened = 0.0  # when this node last looked for what others tell, monotonic
         self._suspect = ""  # host of the previous attempt's
         self._well: RunResult | None = None  # this node's result, if its ranks ended well
@@ -356,9 +336,9 @@ class FaultToleranceAgent(LocalElasticAgent):
         command = [*ft_monitor.monitor_command(), "--", str(spec.entrypoint), *spec.args]
         spec.entrypoint, spec.args = command[0], tuple(command[1:])
         os.environ["FT_SHUTDOWN_TIMEOUT"] = str(self._shutdown_timeout)
-        # One request a second to the store, which hears all nodes.
-        join = functools.partial(self._let_join, spec.rdzv_handler.num_nodes_waiting)
-        self._looks = itertools.cycle([self._has_to_restart] * 4 + [join])
+        # One request a second to the store, which hears all nodes: every fifth is torch's.
+        self._looks = itertools.cycle([False] * 4 + [True])
+        self._torchs_count = spec.rdzv_handler.num_nodes_waiting
         spec.rdzv_handler.num_nodes_waiting = self._count_waiting  # type: ignore[method-assign]
 
     def run(self, *args: Any, **kwargs: Any) -> RunResult:
@@ -394,19 +374,15 @@ class FaultToleranceAgent(LocalElasticAgent):
         if time.monotonic() < self._listened + LISTEN_SECONDS:
             return 0
         self._listened = time.monotonic()
-        return next(self._looks)()
-
-    def _let_join(self, count: Callable[[], int]) -> int:
-        number = count()
-        if number and self._told(AGAIN) is None:
-            self._tell(AGAIN, JOINED)
-        return number
-
-    def _has_to_restart(self) -> bool:
+        if next(self._looks):
+            number = self._torchs_count()
+            if number and self._told(AGAIN) is None:
+                self._tell(AGAIN, JOINED)
+            return number
         if self._told(AGAIN) is None:
-            return False
+            return 0
         self._end_if_over()
-        return True
+        return 1
 
     def _leave(self, reason: str) -> None:
         """Take this node out of the job, for which torch has no call."""
@@ -517,7 +493,7 @@ class FaultToleranceAgent(LocalElasticAgent):
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         self._attempt += 1
-        self._started, self._evidence, self._is_noted = time.time(), None, False
+        self._started, self._evidence = time.time(), None
         self._well = None
         os.environ["FT_ATTEMPT"] = str(self._attempt)
         self._directory.mkdir(parents=True, exist_ok=True)
@@ -533,7 +509,7 @@ class FaultToleranceAgent(LocalElasticAgent):
             for worker in worker_group.workers
         ]
         self._tell_of(Evidence(Outcome.FAILED, lost))  # until it is told better
-        ignore_user_signals()  # and so do the monitors, until they have handlers
+        ft_monitor.ignore(USER_SIGNALS)  # and so do the monitors, until they have handlers
         ids = super()._start_workers(worker_group)
         for number in USER_SIGNALS:
             if signal.getsignal(number) == signal.SIG_IGN:  # not one of --signals-to-handle
@@ -545,7 +521,7 @@ class FaultToleranceAgent(LocalElasticAgent):
     def _signal(self, number: int, frame: Any = None) -> None:
         """Signal the monitors."""
         context: Any = self._pcontext
-        for handler in context.subprocess_handlers.values() if context else ():
+        for handler in context.subprocess_handlers.values():
             handler.proc.send_signal(number)  # unless it has ended
 
     def _close(self, close: Any, number: signal.Signals | None = None, timeout: int = 30) -> None:
@@ -566,7 +542,7 @@ class FaultToleranceAgent(LocalElasticAgent):
             return result
         if self._told(AGAIN) == JOINED:  # another node's ranks were ended for that
             return RunResult(WorkerState.HEALTHY)
-        if job.is_complete():
+        if job.has_flag():
             job.log.warning("ranks failed, but training is complete: %s exists", job.flag)
             ranks = [worker.global_rank for worker in worker_group.workers]
             return RunResult(WorkerState.SUCCEEDED, dict.fromkeys(ranks))
@@ -577,15 +553,16 @@ class FaultToleranceAgent(LocalElasticAgent):
         """Report ranks that ended well as healthy until those of all nodes have: else torch would
         only wait for them, deaf to those that failed and want a restart."""
         if self._well is None:
-            reason = requested(self._gather(Outcome.WELL), WorkloadAction.ShutdownWorkload)
-            if reason and not self._job.is_complete():
+            incident = self._incident(self._gather(Outcome.WELL))
+            reason = requested(incident, WorkloadAction.ShutdownWorkload)
+            if reason and not self._job.has_flag():
                 self._end_job(reason)
             self._well, self._wait_until = result, time.monotonic() + self._exit_barrier_timeout
         elif time.monotonic() < self._listened + LISTEN_SECONDS:
             return RunResult(WorkerState.HEALTHY)
         if self._told(VERDICT) is not None and self._told(AGAIN) is None:
             self._exit_barrier_timeout = HEAR_SECONDS  # torch's, which stopped nodes never reach
-        elif not (self._job.is_complete() or time.monotonic() > self._wait_until):
+        elif not (self._job.has_flag() or time.monotonic() > self._wait_until):
             return RunResult(WorkerState.HEALTHY)
         self._close_rendezvous()
         return result
@@ -603,8 +580,7 @@ class FaultToleranceAgent(LocalElasticAgent):
     ) -> None:
         """Called at the end alone: stop workers that still run."""
         # From here every wait is bounded, and more signals would only leave workers behind.
-        for number in (*ft_monitor.STOP_SIGNALS, *USER_SIGNALS):
-            signal.signal(number, signal.SIG_IGN)
+        ft_monitor.ignore(ft_monitor.STOP_SIGNALS + USER_SIGNALS)
         log, state = self._job.log, self._worker_group.state
         if state == WorkerState.HEALTHY and self._well is None:
             signal.signal(signal.SIGINT, self._signal)  # Ctrl-C again: monitors kill at once
@@ -629,12 +605,14 @@ class FaultToleranceAgent(LocalElasticAgent):
         if self._evidence is not None:
             return self._evidence
 
-        def read() -> tuple[list[Report], dict[int, Place]]:
+        def read() -> list[Report]:
             reports = ft_monitor.read_reports(self._directory)
-            return reports, ft_monitor.read_places(self._directory, reports)
+            for report in reports:
+                report.place, report.waits = ft_monitor.read_place(self._directory, report)
+            return reports
 
         found = ft_monitor.within(ft_monitor.FILE_SECONDS, read)
-        reports, places = found if isinstance(found, tuple) else ([], {})
+        reports = found if isinstance(found, list) else []
         group = self._worker_group
         if sum(bool(report.pid and report.ended) for report in reports) < len(group.workers):
             # A monitor was killed: what its rank has left descends from us now, a subreaper. The
@@ -646,7 +624,7 @@ class FaultToleranceAgent(LocalElasticAgent):
             report.request or ft_monitor.raised_by_itself(report) for report in reports
         ):
             outcome = Outcome.FAILED  # a rank here failed first, and took its time to end
-        self._evidence = Evidence(outcome, reports, places)
+        self._evidence = Evidence(outcome, reports)
         self._tell_of(self._evidence)
         if self._shared(lambda store: store.add(COUNT, 1)) == group.group_world_size:
             self._shared(self._judge)
@@ -655,21 +633,17 @@ class FaultToleranceAgent(LocalElasticAgent):
 
     def _incident(self, *parts: Evidence) -> Incident:
         outcomes = [part.outcome for part in parts]
-        workers = self._worker_group.workers
         return ft_monitor.make_incident(
             self._attempt,
-            self._directory,
             self._started,
-            reports=[report for part in parts for report in part.reports],
-            outcome=Outcome.FAILED if Outcome.FAILED in outcomes else outcomes[0],
-            world=workers[0].world_size if workers else None,
-            places={rank: place for part in parts for rank, place in part.places.items()},
+            Outcome.FAILED if Outcome.FAILED in outcomes else outcomes[0],
+            [report for part in parts for report in part.reports],
+            self._worker_group.workers[0].world_size,
         )
 
     def _note(self, incident: Incident) -> None:
-        if self._is_noted:
+        if len(self._job.incidents) > self._attempt:
             return
-        self._is_noted = True
         self._job.incidents.append(incident)
 
         def note() -> None:
@@ -694,7 +668,7 @@ class FaultToleranceAgent(LocalElasticAgent):
 
     def _decide(self, outcome: Outcome) -> None:
         """Explain how an attempt ended, and end the job if a restart would lead nowhere."""
-        if self._is_noted:
+        if len(self._job.incidents) > self._attempt:
             return
         if outcome == Outcome.FAILED:
             self._tell(AGAIN)
@@ -703,7 +677,7 @@ class FaultToleranceAgent(LocalElasticAgent):
         self._note(incident)
         is_failure = incident.outcome == Outcome.FAILED
         reason = self._job.policy.why_not(incident) if is_failure else None
-        leave = requested(evidence, WorkloadAction.ExcludeThisNode)
+        leave = requested(self._incident(evidence), WorkloadAction.ExcludeThisNode)
         left, most = self._remaining_restarts, self._worker_group.spec.max_restarts
         is_over = is_failure and not left
         what_next = "no restarts left" if is_over else f"restarting, {left} of {most} left"
@@ -823,8 +797,8 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Job, Any]:
     is_new = flag is not None and not os.path.exists(f"{flag}.progress")
     policy = RestartPolicy(args.ft_max_no_progress_cycles, is_new=is_new)
     flag = None if flag is None or os.path.exists(flag) else flag
-    check, hook = args.ft_node_health_check, args.ft_on_incident
-    return Job(run_dir, config, log, policy, check, hook, flag, launch[0].run_id, auto), launch
+    commands = args.ft_node_health_check, args.ft_on_incident
+    return Job(run_dir, config, log, policy, *commands, flag, launch[0].run_id, auto), launch
 
 
 def check_script(args: argparse.Namespace) -> None:
@@ -846,7 +820,7 @@ def adapt(args: argparse.Namespace, run_dir: Path) -> None:
     # The static rendezvous keeps its store, where new ranks read the addresses of dead ones.
     if args.standalone or (args.rdzv_backend == "static" and nodes == 1):
         args.rdzv_backend, args.rdzv_endpoint = "c10d", f"localhost:{args.master_port or 0}"
-        args.rdzv_id, args.master_port = str(uuid.uuid4()), None
+        args.rdzv_id = str(uuid.uuid4())
     args.master_port = args.master_port or 29500  # as torchrun
     args.log_dir = args.log_dir or str(run_dir / "logs")  # not a temporary one, left behind
     if args.run_path:  # a process of Python's all the same
@@ -900,7 +874,6 @@ def begin_auto(auto: dict[str, str], log: ft_monitor.Log) -> None:
     elif any(directory.glob("*.ckpt")):
         log.info("resuming the training in %s (to start anew, remove that)", directory)
     plugin = directory / "plugin" / "ft_auto-0.dist-info"  # as pip would install
-    plugin.mkdir(parents=True, exist_ok=True)
     about = "Metadata-Version: 2.1\nName: ft-auto\nVersion: 0\n"
     names = "lightning.pytorch", "pytorch_lightning"
     entry = "[{}.callbacks_factory]\nft_auto = ft_callback:follow_every_fit\n"
@@ -939,8 +912,6 @@ def quieten_torch() -> None:
 
 
 def prepare_environment(job: Job) -> None:
-    if "TORCH_CPP_LOG_LEVEL" not in ENVIRONMENT:
-        os.environ.pop("TORCH_CPP_LOG_LEVEL", None)
     os.environ["FT_CONFIG"] = job.config.to_json()
     os.environ["FT_RUN_DIR"] = str(job.run_dir)
     os.environ["FT_LAUNCHER_PID"] = str(os.getpid())
@@ -948,11 +919,12 @@ def prepare_environment(job: Job) -> None:
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     if os.environ.get(FLAG_VARIABLE):  # for ranks that change their directory
         os.environ[FLAG_VARIABLE] = os.path.abspath(os.environ[FLAG_VARIABLE])
+    paths = [os.environ.get("PYTHONPATH")]
+    if os.path.basename(HERE) not in ("site-packages", "dist-packages"):
+        paths.append(HERE)
     if job.auto:  # whose limits are learned: process starts are watched from the first on
         os.environ.update(job.auto, FT_LEARNED="{}")
-    is_installed = os.path.basename(HERE) in ("site-packages", "dist-packages")
-    plugin = os.path.join(job.auto["FT_AUTO"], "plugin") if job.auto else None
-    paths = [os.environ.get("PYTHONPATH"), None if is_installed else HERE, plugin]
+        paths.append(os.path.join(job.auto["FT_AUTO"], "plugin"))
     if any(paths):
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
 
@@ -984,10 +956,10 @@ def write_beside_flag(job: Job, suffix: str, mode: str, reason: str, host: str) 
 
 def check_end(job: Job) -> None:
     """Of workers that ended well. Raises GaveUp where the next run would not complete training."""
-    if job.flag is None or job.is_complete():
+    if job.flag is None or job.has_flag():
         return
     has_connected = any(incident.connected for incident in job.incidents)
-    if not (has_connected or job.has_file(".stop")):  # which a script may have heeded by itself
+    if not (has_connected or job.has_flag(".stop")):  # which a script may have heeded by itself
         callback = "is FaultToleranceCallback among the Trainer's callbacks?"
         raise GaveUp(f"no rank told of training: {callback}")
     job.log.warning("the workers ended well, but training is not complete: no %s", job.flag)
@@ -1021,19 +993,13 @@ def run(job: Job, launch: Any) -> int:
         return EXIT_FAILED
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     quieten_torch()
-    job, launch = parse_arguments(sys.argv[1:] if argv is None else argv)
-    ignore_user_signals()
+    job, launch = parse_arguments(argv)
     ft_monitor.process_control(ft_monitor.PR_SET_CHILD_SUBREAPER, 1)  # see _gather()
     prepare_environment(job)
-    settings = {
-        name: value
-        for name, value in dataclasses.asdict(job.config).items()
-        if value != getattr(FaultToleranceConfig(), name)
-    }
     copied = f", copied to {job.flag}.evidence" if job.flag else ""
-    job.log.info("settings: %s; evidence: %s%s", json.dumps(settings), job.run_dir, copied)
+    job.log.info("settings: %s; evidence: %s%s", job.config.to_json(), job.run_dir, copied)
     if not (job.auto or job.config.is_watching()):
         job.log.info("no timeout is set: hang detection begins once ranks learn limits")
     if launch[0].rdzv_backend == "static" and launch[0].max_restarts:
@@ -1043,4 +1009,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -27,7 +27,7 @@ Messages: one JSON object a line, at most 4,096 bytes, from rank to monitor only
     heartbeat  step                        alive, with so many batches done, or null
     section    name, open                  entered (true) or left (false) a named section
     learned    longest                     learn limits; earlier runs' longest times, by clock
-    saved      step, checkpoint            is on disk; noted in FT_RUN_DIR/progress.json and, under
+    saved      step, checkpoint            is on disk; noted in FT_RUN_DIR/progress.json or, under
                                            autoresume.sh, FLAG.progress
     request    action, reason              workload control, when this attempt ends
     complete   flag, values                training is: create the flag if the script ends well
@@ -212,7 +212,7 @@ class FaultToleranceConfig:
         if not isinstance(values, dict):
             raise ConfigError(f"got {values!r}, expected an object")
         names = cls.__dataclass_fields__.keys()
-        others = [name for name in values if name not in names]
+        others = sorted(values.keys() - names)
         for name in others:
             import difflib
 
@@ -238,9 +238,7 @@ class FaultToleranceConfig:
             if isinstance(values, dict):
                 values = values.get("fault_tolerance", values)
             return cls.from_mapping(values)
-        except OSError as error:
-            raise ConfigError(f"cannot read {path!r}: {error.strerror}") from None
-        except (ValueError, RecursionError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"{place}: {error}") from None
 
     @classmethod
@@ -262,7 +260,8 @@ class FaultToleranceConfig:
         return group
 
     def to_json(self) -> str:
-        return json.dumps({k: v for k, v in vars(self).items() if v not in (None, {})})
+        defaults = vars(FaultToleranceConfig())
+        return json.dumps({k: v for k, v in vars(self).items() if v != defaults[k]})
 
     def limits(self) -> dict[str, float]:
         """The configured limits in seconds, by clock."""
@@ -527,6 +526,8 @@ class Report:
     waited: Seconds = None  # on that clock
     state: str | None = None  # of its process then: R, S, D, T ...
     stacks: bool | None = None  # whether it wrote its stacks then; None: not asked
+    place: str = ""  # where its main thread was, as the launcher reads from its stacks
+    waits: bool = False  # there, for other ranks
     oom_kills: int = 0  # while it ran, in its control group or on its host
     status: int | None = None  # exit code, or -N for signal N
 
@@ -594,10 +595,6 @@ class State:
                 known = longest.get(clock, round(self.longest.get(clock, 0.0) * fade, 3))
                 longest[clock] = max(seconds, known)
         return State({**self.longest, **longest}, killed, run)
-
-    def write(self, path: StrPath) -> None:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        write_file(path, to_text(dataclasses.asdict(self), indent=2))
 
 
 # --------------------------------------------------------------------------- the rank's end
@@ -803,7 +800,7 @@ class RankMonitorClient:
                 pass
             os._exit(0)  # its parent calls terminate()
 
-        threading.Thread(target=wait, daemon=True).start()
+        start_thread(wait)
 
     # -- limits, which the monitor learns
 
@@ -906,7 +903,7 @@ class RankMonitorClient:
         atexit.register(bye)
         if getattr(sys.excepthook, "func", None) is not show_error:
             sys.excepthook = functools.partial(show_error, sys.excepthook)
-        threading.Thread(target=wait, daemon=True, name="ft_monitor").start()
+        start_thread(wait)
 
 
 NOT_CONNECTED = "not connected: call init_workload_monitoring() first"
@@ -993,11 +990,11 @@ def evidence_path(kind: str) -> str:
     return os.path.join(directory, f"attempt_{attempt_number()}", f"rank{rank_number()}.{kind}")
 
 
-def progress_files() -> list[str]:
+def progress_file() -> str:
     """Where the newest checkpoint is noted for later attempts and, under autoresume.sh, runs."""
-    flag = os.environ.get(FLAG_VARIABLE)
-    here = os.path.join(os.environ.get("FT_RUN_DIR") or default_run_dir(), "progress.json")
-    return [here, f"{flag}.progress"] if flag else [here]
+    if flag := os.environ.get(FLAG_VARIABLE):
+        return f"{flag}.progress"
+    return os.path.join(os.environ.get("FT_RUN_DIR") or default_run_dir(), "progress.json")
 
 
 def default_run_dir() -> str:
@@ -1011,6 +1008,12 @@ def default_run_dir() -> str:
 def process_control(option: int, value: int) -> None:
     """prctl(2) for this process."""
     ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+
+
+def ignore(signals: Sequence[int]) -> None:
+    """Such as USER_SIGNALS: schedulers send them to every process, and by default they end it."""
+    for number in signals:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def send(pid: int, number: int, how: Callable[[int, int], None] = os.kill) -> None:
@@ -1059,8 +1062,8 @@ def kill_descendants(mark: bytes = b"") -> list[int]:
         time.sleep(0.005)
 
 
-def read_kernel(path: str) -> bytes:
-    """A file in /proc or /sys; empty where there is none."""
+def read_kernel(path: StrPath) -> bytes:
+    """A file, in /proc or /sys say; empty where there is none."""
     try:
         with open(path, "rb") as file:
             return file.read()
@@ -1120,13 +1123,14 @@ def host_name() -> str:
     return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
 
 
-def to_text(values: Mapping[str, Any], indent: int | None = None) -> str:
-    return json.dumps(values, indent=indent) + "\n"
+def to_text(values: Mapping[str, Any]) -> str:
+    return json.dumps(values) + "\n"
 
 
 def write_file(path: StrPath, text: str) -> None:
     """Readers never see half of it. Raises OSError."""
     directory, name = os.path.split(os.path.abspath(path))
+    os.makedirs(directory, exist_ok=True)  # a cleaner may have removed it
     # Launchers in containers have the same pid on all nodes.
     beside = os.path.join(directory, f".{name}.{os.uname().nodename}.{os.getpid()}.tmp")
     try:
@@ -1163,7 +1167,6 @@ class Writer:
         while True:
             text = self._texts[path]
             try:
-                os.makedirs(os.path.dirname(path), exist_ok=True)  # a cleaner may have removed it
                 write_file(path, text)
                 self._failed.discard(path)
             except OSError as error:
@@ -1313,7 +1316,8 @@ class RankMonitor:
                 report.first_heartbeat, report.first_step = at, report.step
         elif kind == "saved":
             report.saved = message["step"]
-            self._note_progress(message["checkpoint"])
+            values = {name: message[name] for name in ("step", "checkpoint")}
+            self.writer.put(os.path.abspath(progress_file()), to_text(values))
         elif kind == "request":
             report.request = {"action": message["action"], "reason": message["reason"]}
         elif kind == "complete":
@@ -1322,12 +1326,6 @@ class RankMonitor:
             report.over = kind == "bye"
             if message["error"] is not None:
                 report.error, report.error_time = message["error"], report.error_time or at
-
-    def _note_progress(self, checkpoint: str | None) -> None:
-        stamp, by = time.strftime("%Y-%m-%dT%H:%M:%S%z"), os.path.dirname(evidence_path("json"))
-        values = {"step": self.report.saved, "checkpoint": checkpoint, "time": stamp, "by": by}
-        for path in progress_files():
-            self.writer.put(os.path.abspath(path), to_text(values))
 
     # -- what is done to it
 
@@ -1380,8 +1378,13 @@ class RankMonitor:
         return deadline if clock in self.warned else (since + deadline) / 2
 
     def _act(self, now: float) -> None:
+        # A survivor can only wait for who is gone, unless it is saving a checkpoint.
+        is_survivor = self.report.end in (End.PEER_FAILED, End.LAUNCHER_DIED)
+        if is_survivor and CHECKPOINTING not in self.clocks.sections:
+            self.kill_at = min(self.kill_at, now)
+        if now >= self.kill_at:
+            send(self.pid, signal.SIGKILL, os.killpg)
         if self.report.reason:
-            self._kill_if_due(now)
             return
         clock, deadline = self.clocks.first()
         if now >= deadline:
@@ -1396,14 +1399,6 @@ class RankMonitor:
             what = self._waiting(now)
             taken = self.stacks.take(self._rank(), what, until=deadline)
             self.log.warning("%s%s", what, "; its stacks are kept" if taken else "")
-
-    def _kill_if_due(self, now: float) -> None:
-        """A survivor can only wait for who is gone, unless it is saving a checkpoint."""
-        is_survivor = self.report.end in (End.PEER_FAILED, End.LAUNCHER_DIED)
-        if is_survivor and CHECKPOINTING not in self.clocks.sections:
-            self.kill_at = min(self.kill_at, now)
-        if now >= self.kill_at:
-            send(self.pid, signal.SIGKILL, os.killpg)
 
     def _waiting(self, now: float) -> str:
         """Such as: no heartbeat for 3.1 s at step 80 (limit 4 s, --ft-rank-heartbeat-timeout)."""
@@ -1510,8 +1505,7 @@ def become_rank(command: list[str], environment: Mapping[str, str]) -> NoReturn:
             os._exit(1)
         for number in (signal.SIGPIPE, signal.SIGXFSZ):  # which Python ignores
             signal.signal(number, signal.SIG_DFL)
-        for number in USER_SIGNALS:  # which schedulers send to everyone
-            signal.signal(number, signal.SIG_IGN)
+        ignore(USER_SIGNALS)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, TAKEN_SIGNALS)
         os.execvpe(command[0], command, environment)
     except OSError as error:
@@ -1600,14 +1594,6 @@ class Incident:
         self.outcome = Outcome(self.outcome)
 
 
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Where a rank's main thread was."""
-
-    text: str
-    waits: bool  # for other ranks
-
-
 def read_reports(directory: Path) -> list[Report]:
     """The reports of an attempt, by rank; one that cannot be read costs a line."""
     reports = []
@@ -1619,20 +1605,12 @@ def read_reports(directory: Path) -> list[Report]:
     return sorted(reports, key=lambda report: report.rank)
 
 
-def read_text(path: Path) -> str:
-    """Empty for what cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
-def read_place(directory: Path, report: Report) -> Place | None:
+def read_place(directory: Path, report: Report) -> tuple[str, bool]:
     """From the last stacks of a rank since it was heard of."""
     import linecache
     import re
 
-    stacks = read_text(directory / f"rank{report.rank}.stacks.txt")
+    stacks = read_kernel(directory / f"rank{report.rank}.stacks.txt").decode(errors="replace")
     heard = max(report.heartbeat or 0.0, report.error_time or 0.0)
     frames: list[tuple[str, str, str]] = []  # file, line, function; innermost first
     for dump in stacks.split(f"\n{STACKS_HEADER} ")[1:]:
@@ -1642,7 +1620,7 @@ def read_place(directory: Path, report: Report) -> Place | None:
             frames = re.findall(r'File "(.+)", line (\d{1,9}) in (.+)', main) or frames
     if not frames:
         is_silent = report.stacks is False and report.error is None
-        return Place(f"without stacks (state {report.state})", False) if is_silent else None
+        return f"without stacks (state {report.state})" * is_silent, False
     file, line, function = next((x for x in frames if not is_library(x[0])), frames[-1])
     text = f"at {os.path.basename(file)}:{line} in {function}"
     file, line, leaf = frames[0]
@@ -1650,11 +1628,7 @@ def read_place(directory: Path, report: Report) -> Place | None:
     linecache.checkcache(file)  # it may have been edited
     code = linecache.getline(file, int(line))
     waits = bool(re.search(WAITING, f"{file} {leaf} {code}"))
-    return Place(f"waiting {text}" if waits else text, waits)
-
-
-def read_places(directory: Path, reports: Sequence[Report]) -> dict[int, Place]:
-    return {x.rank: place for x in reports if (place := read_place(directory, x))}
+    return "waiting " * waits + text, waits
 
 
 def without_place(error: str | None) -> str:
@@ -1680,15 +1654,12 @@ def failed_by_itself(report: Report) -> bool:
     return has_ended or report.state == "T"  # suspended, as by a debugger
 
 
-def judge(
-    reports: Sequence[Report], places: Mapping[int, Place], world: int | None
-) -> tuple[Report | None, str]:
+def judge(reports: Sequence[Report], world: int) -> tuple[Report | None, str]:
     """The rank to blame, or None if it is on another node, and the verdict."""
     if not reports:
         return None, "its workers failed, and there is no report of how"
-    waiting = {rank for rank, place in places.items() if place.waits}
-    waiting |= {report.rank for report in reports if report.error is not None}
-    crowd = collections.Counter(places.get(report.rank) for report in reports)
+    waiting = {report.rank for report in reports if report.waits or report.error is not None}
+    crowd = collections.Counter(report.place for report in reports)
     newest = max(report.heartbeat or 0.0 for report in reports)
 
     def blame(report: Report) -> tuple[float, ...]:
@@ -1701,7 +1672,7 @@ def judge(
             -1 if report.step is None else report.step,  # who fell behind
             bool(report.connected),  # who did not get as far
             int((report.heartbeat or 0.0) - newest),  # who was silent longest, in whole seconds
-            crowd[places.get(report.rank)],  # the odd one out
+            crowd[report.place],  # the odd one out
             report.end != End.HUNG,  # who was ended for that, before others complained
             report.error_time or math.inf,  # who complained first
         )
@@ -1715,7 +1686,7 @@ def judge(
     told = [x for x in others if x.error is not None or x.end == End.HUNG != first.end]
     for report in told[:1]:
         verdict += f"; {describe_failure(report, has_hosts)}"
-    are_all_here = len(reports) >= (world or 0)
+    are_all_here = len(reports) >= world
     if first.rank in waiting and not are_all_here:
         return None, f"{OF_OTHERS}; {verdict}"
     return first, verdict if are_all_here and not others else f"suspect: {verdict}"
@@ -1750,13 +1721,14 @@ def describe_failure(report: Report, has_hosts: bool = False) -> str:
     return f"rank {report.rank} ({who}) {words}"
 
 
-def describe_places(suspect: int | None, places: Mapping[int, Place]) -> str:
+def describe_places(suspect: int | None, reports: Sequence[Report]) -> str:
     """In one line, the suspect first."""
     import reprlib
 
     groups: dict[str, list[int]] = {}
-    for rank, place in places.items():
-        groups.setdefault(place.text, []).append(rank)
+    for report in reports:
+        if report.place:
+            groups.setdefault(report.place, []).append(report.rank)
     ordered = sorted(groups.items(), key=lambda group: (suspect not in group[1], -len(group[1])))
     parts = [
         f"rank{'s' * (len(ranks) > 1)} {reprlib.repr(ranks)[1:-1]} {text}"
@@ -1768,23 +1740,11 @@ def describe_places(suspect: int | None, places: Mapping[int, Place]) -> str:
 
 
 def make_incident(
-    attempt: int,
-    directory: Path,
-    start: float,
-    *,
-    reports: Sequence[Report],
-    outcome: Outcome | None = None,
-    world: int | None = None,
-    places: Mapping[int, Place] | None = None,
+    attempt: int, start: float, outcome: Outcome, reports: Sequence[Report], world: int
 ) -> Incident:
-    """Without `outcome`, statuses tell how it ended; without `places`, stacks in the directory."""
-
     def known(name: str) -> list[Any]:
         return [x for report in reports if (x := getattr(report, name)) is not None]
 
-    if outcome is None:
-        is_well = all(report.status == 0 for report in reports)
-        outcome = Outcome.WELL if is_well else Outcome.FAILED
     incident = Incident(
         attempt=attempt,
         start=start,
@@ -1800,19 +1760,18 @@ def make_incident(
         why=outcome.value,
     )
     if outcome == Outcome.FAILED:
-        places = read_places(directory, reports) if places is None else places
-        suspect, incident.why = judge(reports, places, world)
+        suspect, incident.why = judge(reports, world)
         if suspect:
             incident.suspect, incident.error = suspect.rank, suspect.error
             incident.host = suspect.host
-        incident.places = describe_places(incident.suspect, places)
+        incident.places = describe_places(incident.suspect, reports)
     return incident
 
 
 def read_incidents(run_dir: Path) -> list[Incident]:
     path = run_dir / "incidents.jsonl"
     incidents = []
-    for line in read_text(path).splitlines():
+    for line in read_kernel(path).splitlines():
         try:
             incidents.append(Incident(**json.loads(line)))
         except BROKEN:

@@ -318,7 +318,7 @@ def test_what_is_no_state_is_an_error_of_two_kinds_and_every_state_can_be_added_
     with contextlib.suppress(OSError, ValueError):
         state = State.read(write(path, data))
         after = state.after([Report(0, longest=State.read(write(path, other)).longest)], "run")
-        after.write(path)
+        ft_monitor.write_file(path, json.dumps(ft_monitor.dataclasses.asdict(after)))
         assert State.read(path).killed == after.killed
         assert all(0 <= x < math.inf for x in after.longest.values())
 
@@ -384,7 +384,9 @@ def test_a_launcher_explains_an_attempt_whatever_its_evidence_is(
     for number, data in enumerate(dumps):
         write(run / f"rank{number}.stacks.txt", data)
     found = ft_monitor.read_reports(run)
-    incident = ft_monitor.make_incident(0, run, 1.75e9, reports=found, outcome=Outcome.FAILED)
+    for report in found:
+        report.place, report.waits = ft_monitor.read_place(run, report)
+    incident = ft_monitor.make_incident(0, 1.75e9, Outcome.FAILED, found, 2)
     assert ft_monitor.explain(incident, str(run), "restarting")
     assert ft_launcher.RestartPolicy(3).why_not(incident) != ""
     json.dumps(ft_monitor.dataclasses.asdict(incident))

@@ -1062,7 +1062,9 @@ def test_a_file_system_that_hangs_delays_no_kill_and_no_file(watch: Watch, place
     assert 1 <= time.time() - float(watched.told("at")) < 1.5 + LATE
     assert watched.ends() == -signal.SIGKILL and "hung: no heartbeat" in watched.log[-1]
     assert watched.report.hung_on == (None if place == "evidence" else HEARTBEAT)
-    assert IN_THE_RANK in watched.stacks and (watched.directory / "run" / "progress.json").exists()
+    assert IN_THE_RANK in watched.stacks
+    assert watched.report.saved == (None if place == "evidence" else 8)
+    assert (watched.directory / "flag.progress").exists() == (place == "evidence")
 
 
 # --------------------------------------------------------------------- errors, log and usage

@@ -231,7 +231,7 @@ def test_a_bug_ends_with_93_after_2_attempts_and_the_line_is_in_a_file(
 
 
 def test_restarts_are_all_used_by_a_job_that_gets_further(job: Launch, tmp_path: Path) -> None:
-    body = "client.init_workload_monitoring(); client.send_heartbeat(2); "
+    body = "client.init_workload_monitoring(); client.send_heartbeat(ATTEMPT); "
     body += "client.report_saved(ATTEMPT); raise ValueError(f'after {ATTEMPT} steps')"
     unlucky = job(["--max-restarts=3"], body)
     assert unlucky.wait() == 1, unlucky.output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 from conftest import Watched
 
+import ft_monitor
 from ft_monitor import (
     EXIT,
     HEARTBEAT,
@@ -254,6 +256,10 @@ def test_a_state_is_the_maximum_of_the_ranks_and_fades_from_run_to_run_where_it_
     assert state.after([], "second").longest == {"a": 7, "b": 1}
 
 
+def write(state: State, path: Path) -> None:
+    ft_monitor.write_file(path, json.dumps(dataclasses.asdict(state)))
+
+
 @pytest.mark.parametrize(
     "first, second, is_widened",
     [(9, 9, True), (9, 8, True), (9, 10, False), (None, None, True), (None, 3, False)],
@@ -262,7 +268,7 @@ def test_a_limit_that_ends_ranks_twice_with_no_new_step_is_widened_by_whichever_
     tmp_path: Path, first: int | None, second: int | None, is_widened: bool
 ) -> None:
     path = tmp_path / "new" / "ft_state.json"
-    State({"a": 2.0}, {}, "job 1").after([report(first, "a"), report(1)], "job 1").write(path)
+    write(State({"a": 2.0}, {}, "job 1").after([report(first, "a"), report(1)], "job 1"), path)
     state = State.read(path)
     assert state.longest == {"a": 2.0}
     state = state.after([report(1), report(second, "a")], "job 2 on another node")
@@ -276,7 +282,7 @@ def test_two_nodes_that_notice_one_hang_have_not_seen_two(tmp_path: Path) -> Non
 
     state = State().after([hung(100)], "job").after([hung(101)], "job")
     assert state.longest == {}
-    state.write(tmp_path / "state.json")
+    write(state, tmp_path / "state.json")
     assert State.read(tmp_path / "state.json") == state
     assert state.after([hung(140)], "job").longest == {"a": 9.0}
 
@@ -309,7 +315,7 @@ def test_a_state_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path) ->
     (tmp_path / "ft_state.json").mkdir()
     for path in (tmp_path / "ft_state.json", tmp_path / ("x" * 300)):
         with pytest.raises(OSError):
-            State({"a": 1.0}).write(path)
+            write(State({"a": 1.0}), path)
     assert [path.name for path in tmp_path.rglob("*")] == ["ft_state.json"]
 
 

@@ -16,12 +16,13 @@ import pytest
 from conftest import ROOT, Started
 
 import ft_monitor
-from ft_monitor import End, Incident, Outcome, Place, Report
+from ft_monitor import End, Incident, Outcome, Report
 
 NOBODY = 2**22 + 1  # above the highest process id there can be
 
-TRAIN = Place("at train.py:7 in load_batch -> read", waits=False)
-WAITS = Place("waiting at train.py:9 in step -> all_reduce", waits=True)
+Places = dict[int, tuple[str, bool]]  # by rank: where it was, and whether it waited there
+TRAIN = ("at train.py:7 in load_batch -> read", False)
+WAITS = ("waiting at train.py:9 in step -> all_reduce", True)
 
 
 def report(rank: int, **values: Any) -> Report:
@@ -55,8 +56,21 @@ def ended(rank: int, status: int | None, **values: Any) -> Report:
 RUNS: dict[str, Any] = {"end": End.RUNNING, "reason": None, "ended": None, "status": None}
 
 
-def incident_of(reports: list[Report], directory: Path, **values: Any) -> Incident:
-    return ft_monitor.make_incident(0, directory, 10.0, reports=reports, **values)
+def incident_of(
+    reports: list[Report], directory: Path, outcome: Outcome = Outcome.FAILED, world: int = 0
+) -> Incident:
+    for each in reports:
+        each.place, each.waits = ft_monitor.read_place(directory, each)
+    return ft_monitor.make_incident(0, 10.0, outcome, reports, world)
+
+
+def placed(reports: list[Report], places: Places) -> list[Report]:
+    return [
+        dataclasses.replace(x, place=places[x.rank][0], waits=places[x.rank][1])
+        if x.rank in places
+        else x
+        for x in reports
+    ]
 
 
 def write_reports(directory: Path, reports: list[Report]) -> None:
@@ -75,7 +89,6 @@ NCCL = "DistBackendError: NCCL error in: ProcessGroupNCCL.cpp:2027, remote proce
 STORE = "DistStoreError: wait timeout after 300000ms, keys: /0/default_pg/0//key"
 
 NO_STEP: dict[str, Any] = {"step": None, "first_step": None, "heartbeat": None}
-Places = dict[int, Place]
 SUSPECTS: dict[str, tuple[list[Report], Places, int, bool]] = {
     # what happened: reports, places, the suspect, certain
     "the only one that failed": ([report(0, step=9), ended(1, 7)], {1: WAITS}, 1, True),
@@ -209,7 +222,7 @@ SUSPECTS: dict[str, tuple[list[Report], Places, int, bool]] = {
     ),
     "an older heartbeat, but not by much: the odd one of many that wait": (
         [hung(0, heartbeat=99.5), hung(1), hung(2)],
-        {0: WAITS, 1: Place("waiting elsewhere", waits=True), 2: WAITS},
+        {0: WAITS, 1: ("waiting elsewhere", True), 2: WAITS},
         1,
         False,
     ),
@@ -222,7 +235,7 @@ SUSPECTS: dict[str, tuple[list[Report], Places, int, bool]] = {
 def test_the_suspect_is_the_rank_that_failed_or_fell_behind_first(what: str) -> None:
     reports, places, suspect, certain = SUSPECTS[what]
     for order in (reports, reports[::-1]):
-        found, verdict = ft_monitor.judge(order, places, None)
+        found, verdict = ft_monitor.judge(placed(order, places), 0)
         assert found is not None
         assert (found.rank, not verdict.startswith("suspect: ")) == (suspect, certain)
 
@@ -231,7 +244,7 @@ def test_the_suspect_is_the_rank_that_failed_or_fell_behind_first(what: str) -> 
 def test_where_ranks_are_elsewhere_one_that_hangs_is_never_suspected_for_certain(
     where: Places,
 ) -> None:
-    found, verdict = ft_monitor.judge([hung(0)], where, 2)
+    found, verdict = ft_monitor.judge(placed([hung(0)], where), 2)
     if where == {0: WAITS}:
         assert found is None and verdict == (
             "this node's ranks wait for another node's: see the verdict of that node's launcher; "
@@ -240,30 +253,31 @@ def test_where_ranks_are_elsewhere_one_that_hangs_is_never_suspected_for_certain
     else:
         assert found is not None and verdict.startswith("suspect: ")
     for certain in (report(0, error="ValueError: x"), hung(0, state="T")):
-        found, verdict = ft_monitor.judge([certain], where, 2)
+        found, verdict = ft_monitor.judge(placed([certain], where), 2)
         assert found is not None and verdict.startswith("rank 0"), "wherever the others are"
 
 
 def test_the_hang_that_ended_an_attempt_is_told_also_where_another_rank_is_the_suspect() -> None:
-    suspect, verdict = ft_monitor.judge([report(0), hung(1)], {0: TRAIN, 1: WAITS}, 2)
+    ranks = placed([report(0), hung(1)], {0: TRAIN, 1: WAITS})
+    suspect, verdict = ft_monitor.judge(ranks, 2)
     assert suspect and suspect.rank == 0 and "; rank 1 (pid 1001) hung: no heartbeat" in verdict
 
 
 def test_a_node_whose_ranks_only_wait_shows_what_they_noticed_of_the_other_nodes() -> None:
     waits = [hung(0), report(1, error=GLOO, error_time=130.0)]
-    found, verdict = ft_monitor.judge(waits, {0: WAITS, 1: WAITS}, 4)
+    found, verdict = ft_monitor.judge(placed(waits, {0: WAITS, 1: WAITS}), 4)
     assert found is None and verdict.endswith("; rank 1 (pid 1001) failed: " + GLOO)
 
 
 def test_a_communication_error_is_shown_although_another_rank_is_suspected() -> None:
     error = f"{GLOO} (train.py:3 in load)"
     peers = [report(1, error=error), report(2, error=GLOO)]
-    _, verdict = ft_monitor.judge([report(0), *peers], {}, None)
+    _, verdict = ft_monitor.judge([report(0), *peers], 0)
     assert verdict == (
         "suspect: rank 0 (pid 1000) did not go on: no heartbeat for 31.0 s; "
         f"rank 1 (pid 1001) failed: {error}"
     )
-    _, verdict = ft_monitor.judge([ended(0, 7), report(1, error=error)], {}, None)
+    _, verdict = ft_monitor.judge([ended(0, 7), report(1, error=error)], 0)
     assert verdict == "rank 0 (pid 1000) ended with exit code 7"
 
 
@@ -328,19 +342,22 @@ def test_what_was_wrong_with_a_rank_is_one_sentence(sentence: str) -> None:
 )
 def test_of_a_rank_without_a_report_what_torch_knows_is_said(status: int, sentence: str) -> None:
     made_up = Report(1, monitor_pid=2001, status=status, ended=120.0)
-    found, verdict = ft_monitor.judge([report(0), made_up], {}, 2)
+    found, verdict = ft_monitor.judge([report(0), made_up], 2)
     assert found == made_up and verdict == f"rank 1 (its monitor's pid 2001) {sentence}"
 
 
 def test_places_begin_with_the_suspect_and_gather_those_who_are_together() -> None:
-    describe = ft_monitor.describe_places
+
+    def describe(suspect: int | None, places: Places) -> str:
+        return ft_monitor.describe_places(suspect, placed([*map(report, places)], places))
+
     assert describe(1, {1: TRAIN, 0: WAITS, 2: WAITS, 3: WAITS}) == (
         "rank 1 at train.py:7 in load_batch -> read; "
         "ranks 0, 2, 3 waiting at train.py:9 in step -> all_reduce"
     )
     assert describe(None, {0: TRAIN, 1: WAITS, 2: WAITS}).startswith("ranks 1, 2 waiting")
     assert describe(1, {}) == ""
-    crowd = {rank: Place(f"at train.py:{rank} in spin", False) for rank in range(8)}
+    crowd = {rank: (f"at train.py:{rank} in spin", False) for rank in range(8)}
     assert describe(7, crowd).startswith("rank 7 at train.py:7 in spin; rank 0 at train.py:0")
     assert describe(7, crowd).endswith("rank 3 at train.py:3 in spin; 3 more places")
 
@@ -440,9 +457,8 @@ STACKS: dict[str, tuple[str, str | None]] = {
 def test_a_place_is_the_main_threads_innermost_line_of_the_users(tmp_path: Path, what: str) -> None:
     text, expected = STACKS[what]
     (tmp_path / "rank0.stacks.txt").write_bytes(text.encode("latin-1"))
-    place = ft_monitor.read_place(tmp_path, report(0))
-    assert (place and place.text) == expected
-    assert place is None or place.waits == place.text.startswith("waiting")
+    place, waits = ft_monitor.read_place(tmp_path, report(0))
+    assert place == (expected or "") and waits == place.startswith("waiting")
 
 
 @pytest.mark.parametrize(
@@ -465,15 +481,16 @@ def test_a_rank_waits_where_its_line_calls_what_has_no_frame_of_its_own(
     (tmp_path / "rank0.stacks.txt").write_text(dump(MAIN, f'  File "{script}", line 2 in step'))
     for code, is_waiting in (("pass", False), (line, waits)):  # it was edited in between
         script.write_text(f"def step():\n    {code}  # {code}\n")
-        place = ft_monitor.read_place(tmp_path, report(0))
-        assert place is not None and place.waits == is_waiting
+        place, waits_there = ft_monitor.read_place(tmp_path, report(0))
+        assert place and waits_there == is_waiting
 
 
 def test_stacks_count_from_the_last_heartbeat_or_from_the_error_of_a_rank(tmp_path: Path) -> None:
     (tmp_path / "rank0.stacks.txt").write_text(dump(MAIN, USER, at=110.0))
-    assert ft_monitor.read_place(tmp_path, report(0, heartbeat=109.0))
-    assert not ft_monitor.read_place(tmp_path, report(0, heartbeat=111.0))
-    assert not ft_monitor.read_place(tmp_path, report(0, error="ValueError: x", error_time=111.0))
+    assert ft_monitor.read_place(tmp_path, report(0, heartbeat=109.0))[0]
+    late = {"error": "ValueError: x", "error_time": 111.0}
+    for values in ({"heartbeat": 111.0}, late):
+        assert ft_monitor.read_place(tmp_path, report(0, **values)) == ("", False)
 
 
 def test_ranks_that_gave_no_stacks_are_named_with_their_state(tmp_path: Path) -> None:
@@ -497,9 +514,9 @@ def test_an_incident_has_the_times_the_steps_and_why_it_ended(
         report(0, first_step=4, step=12, saved=8, ended=130.0),
         ended(1, 7, first_heartbeat=31.0, heartbeat=101.0, first_step=5, step=11, request=request),
     ]
-    incident = ft_monitor.make_incident(2, tmp_path, 10.0, reports=reports)
+    incident = incident_of(reports, tmp_path)
     assert incident == Incident(
-        attempt=2,
+        attempt=0,
         start=10.0,
         end=131.0,
         outcome=Outcome.FAILED,
@@ -517,36 +534,21 @@ def test_an_incident_has_the_times_the_steps_and_why_it_ended(
 
 
 @pytest.mark.parametrize(
-    ("reports", "values", "outcome", "why"),
+    ("reports", "world", "outcome", "why"),
     [
-        ([ended(0, 0)], {}, Outcome.WELL, "ended well"),
-        ([ended(0, 0), ended(1, 7)], {}, Outcome.FAILED, "rank 1 (pid 1001) ended with exit code"),
-        ([hung(0)], {"world": 2}, Outcome.FAILED, "suspect: rank 0 (pid 1000) hung: no heart"),
-        (
-            [report(0)],
-            {"outcome": Outcome.STOPPED},
-            Outcome.STOPPED,
-            "stopped by a signal",
-        ),
-        (
-            [report(0)],
-            {"outcome": Outcome.ELSEWHERE},
-            Outcome.ELSEWHERE,
-            "another node's workers failed, or nodes joined",
-        ),
-        (
-            [],
-            {"outcome": Outcome.FAILED},
-            Outcome.FAILED,
-            "its workers failed, and there is no report of how",
-        ),
+        ([ended(0, 0)], 1, Outcome.WELL, "ended well"),
+        ([ended(0, 0), ended(1, 7)], 2, Outcome.FAILED, "rank 1 (pid 1001) ended with exit code"),
+        ([hung(0)], 2, Outcome.FAILED, "suspect: rank 0 (pid 1000) hung: no heart"),
+        ([report(0)], 1, Outcome.STOPPED, "stopped by a signal"),
+        ([report(0)], 1, Outcome.ELSEWHERE, "another node's workers failed, or nodes joined"),
+        ([], 1, Outcome.FAILED, "its workers failed, and there is no report of how"),
     ],
 )
 def test_an_attempts_end_is_an_outcome_and_has_its_words(
-    tmp_path: Path, reports: list[Report], values: dict[str, Any], outcome: Outcome, why: str
+    tmp_path: Path, reports: list[Report], world: int, outcome: Outcome, why: str
 ) -> None:
     before = time.time()
-    incident = incident_of(reports, tmp_path, **values)
+    incident = incident_of(reports, tmp_path, outcome, world)
     assert incident.outcome == outcome and incident.why.startswith(why)
     assert incident.end == 131.0 if reports else incident.end >= before
 
@@ -669,7 +671,7 @@ def test_the_report_has_a_row_for_each_attempt_and_the_goodput_in_at_most_100_co
     long = dataclasses.replace(
         TWO[0],
         why="suspect: rank 1 (pid 812) failed: ValueError: " + "x y " * 75,
-        places="rank 1 at train.py:7 in load_batch; " + WAITS.text * 3,
+        places="rank 1 at train.py:7 in load_batch; " + WAITS[0] * 3,
     )
     text = ft_monitor.render_report([long, TWO[1]])
     head, first, *why, second, goodput, lost = text.splitlines()
