@@ -618,11 +618,12 @@ class FaultToleranceCallback(pl.Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Not called after an exception, or for a tuner alone."""
         FaultToleranceCallback.has_trained = True
+        self._client.offer_stacks()  # the Trainer has just reset all handlers
         trainer.strategy.barrier("FaultToleranceCallback.on_fit_end")  # complete on all ranks
         reason = self._why_complete(trainer)
-        is_odd = reason is None and (trainer.should_stop or not self._fit.batches)
-        if is_odd and trainer.is_global_zero:
-            what = "the script stopped it" if self._fit.batches else "no batch was trained"
+        what = "it was stopped early" if self._fit.batches else "no batch was trained"
+        is_odd = trainer.should_stop or not self._fit.batches
+        if reason is None and is_odd and trainer.is_global_zero:
             self.logger.warning("%s, so training is not complete", what)
         if self.autoresume and reason is not None and trainer.is_global_zero:
             step, epoch = batches_done(trainer), trainer.current_epoch
@@ -712,8 +713,9 @@ class FaultToleranceCallback(pl.Callback):
             io = strategy.checkpoint_io = AtomicCheckpointIO(is_async)
         if type(io) is AtomicCheckpointIO:
             io.section, io.saved = self._checkpointing, self._report_saved
-        self._fit.is_unseen = not (is_plain and type(io) is AtomicCheckpointIO)
-        if self.rolling is not None and self._fit.is_unseen:
+        is_ours = is_plain and type(io) is AtomicCheckpointIO
+        self._fit.is_unseen = not (is_ours or is_async)
+        if self.rolling is not None and not is_ours:
             self.rolling = None
             if trainer.is_global_zero:
                 kind = type(io if is_plain else strategy).__name__
@@ -768,13 +770,13 @@ class FaultToleranceCallback(pl.Callback):
             saved, checkpoint = int(noted["step"]), str(noted["checkpoint"])
         except (OSError, *BROKEN):
             return
-        is_fixed = self._fit.given.get("ckpt_path") != "last" and is_beside(checkpoint, trainer)
-        if step >= saved or (step > 0 and not is_fixed):
+        given, keeper = self._fit.given.get("ckpt_path"), last_keeper(trainer)
+        last = last_path(trainer, keeper) if keeper else ""
+        is_last = given == "last" or os.path.realpath(str(given)) == os.path.realpath(last)
+        if step >= saved or (step > 0 and (is_last or not is_beside(checkpoint, trainer))):
             return
-        if not self.rolling and (keeper := last_keeper(trainer)):
-            path = last_path(trainer, keeper)
-            if newest := restore_last(path):
-                raise RuntimeError(f"{path} was missing: linked {newest}, for a restart to resume")
+        if last and given == "last" and not self.rolling and (newest := restore_last(last)):
+            raise RuntimeError(f"{last} was missing: linked {newest}, for a restart to resume")
         self.logger.warning(
             "*** TRAINING STARTS AT STEP %d ALTHOUGH STEP %d WAS SAVED ***\n*** in %s\n*** %s",
             step, saved, checkpoint, why_not_resumed(trainer, checkpoint, self._fit.given),

@@ -19,6 +19,7 @@ Files in FT_RUN_DIR, one for each launcher (variables: see ft_monitor.py)
     latest            link to the newest attempt
     incidents.jsonl   one line for each attempt that has ended; then all is copied to FLAG.evidence
     health_check/     the report of --ft-node-health-check
+    plugin/           for --ft-auto: lets Lightning find ft_callback.follow_every_fit
     logs/             torchrun's --log-dir, unless it is given
 
 Exit codes
@@ -143,6 +144,7 @@ class RestartPolicy:
     no_progress: int = 0  # so far
     saved: int = -1  # step of the newest checkpoint
     step: int = -1  # the highest of any attempt
+    last: int = -1  # of the last one
     error: str | None = None  # that ended the last attempt, see bug_of()
     is_new: bool = False  # no rank has connected yet, in no run; but there is a FLAG: they are to
 
@@ -151,7 +153,7 @@ class RestartPolicy:
         saved = -1 if incident.saved_step is None else incident.saved_step
         step = -1 if incident.last_step is None else incident.last_step
         has_saved, is_further = saved > self.saved, step > self.step
-        has_got_on = is_further or (has_saved and not 0 <= step == self.step)
+        has_got_on = is_further or (has_saved and not 0 <= step == self.last)
         # A loop that never reports a checkpoint shows by its steps that it resumes. Of one that
         # tells of neither, nothing is known; --max-restarts counts its attempts.
         is_going = has_saved or (is_further and self.step >= 0 > self.saved)
@@ -159,7 +161,8 @@ class RestartPolicy:
         self.no_progress = self.no_progress + 1 if is_known and not is_going else 0
         self.is_new = self.is_new and not incident.connected  # it failed in an import, say
         error, before = bug_of(incident.why if self.is_new else incident.error), self.error
-        self.saved, self.step, self.error = max(saved, self.saved), max(step, self.step), error
+        self.saved, self.step = max(saved, self.saved), max(step, self.step)
+        self.last, self.error = step, error
         shutdown = requested(incident, WorkloadAction.ShutdownWorkload)
         if shutdown:
             return shutdown
@@ -256,9 +259,10 @@ class Job:
 
     def learn(self, reports: Sequence[Report]) -> None:
         """Keep what an attempt has learned, for the next and for later runs."""
-        if not any(report.calculate for report in reports):
+        if not (self.auto or any(report.calculate for report in reports)):
             return
-        path = next((report.state_file for report in reports if report.state_file), None)
+        usual = os.path.join(self.auto["FT_AUTO"], "ft_state.json") if self.auto else None
+        path = next((report.state_file for report in reports if report.state_file), usual)
 
         def update() -> tuple[State, State]:
             before = State.read(path) if path else self.state
@@ -377,7 +381,10 @@ class FaultToleranceAgent(LocalElasticAgent):
         if next(self._looks):
             number = self._torchs_count()
             if number and self._told(AGAIN) is None:
-                self._tell(AGAIN, JOINED)
+                handler: Any = self._worker_group.spec.rdzv_handler
+                present = len(handler._state_holder.state.participants)
+                is_lost = present < (self._worker_group.group_world_size or 0)  # a spare comes
+                self._tell(AGAIN, "" if is_lost else JOINED)
             return number
         if self._told(AGAIN) is None:
             return 0
@@ -497,6 +504,8 @@ class FaultToleranceAgent(LocalElasticAgent):
         self._well = None
         os.environ["FT_ATTEMPT"] = str(self._attempt)
         self._directory.mkdir(parents=True, exist_ok=True)
+        if self._job.auto:
+            write_plugin(self._job.run_dir)
         link = self._job.run_dir / "latest.new"
         link.symlink_to(self._directory.name)
         link.replace(self._job.run_dir / "latest")
@@ -621,7 +630,8 @@ class FaultToleranceAgent(LocalElasticAgent):
             kill = functools.partial(ft_monitor.kill_descendants, mark)
             ft_monitor.within(STOP_MARGIN_SECONDS, kill)
         if outcome == Outcome.ELSEWHERE and any(
-            report.request or ft_monitor.raised_by_itself(report) for report in reports
+            report.request or (report.end != End.STOPPED and ft_monitor.raised_by_itself(report))
+            for report in reports
         ):
             outcome = Outcome.FAILED  # a rank here failed first, and took its time to end
         self._evidence = Evidence(outcome, reports)
@@ -862,7 +872,7 @@ def auto_variables(args: argparse.Namespace, flag: str | None) -> dict[str, str]
 
 
 def begin_auto(auto: dict[str, str], log: ft_monitor.Log) -> None:
-    """Let ranks find our entry point, and a training that follows a complete one start anew."""
+    """Let a training that follows a complete one start anew."""
     directory, flag = Path(auto["FT_AUTO"]), Path(auto[FLAG_VARIABLE])
     directory.mkdir(parents=True, exist_ok=True)
     is_over = flag.parent == directory and flag.exists()  # nobody but us would remove that
@@ -873,7 +883,11 @@ def begin_auto(auto: dict[str, str], log: ft_monitor.Log) -> None:
         log.info("the training before was complete: starting a new one in %s", directory)
     elif any(directory.glob("*.ckpt")):
         log.info("resuming the training in %s (to start anew, remove that)", directory)
-    plugin = directory / "plugin" / "ft_auto-0.dist-info"  # as pip would install
+
+
+def write_plugin(run_dir: Path) -> None:
+    """As pip would install it; again for each attempt, as a cleaner may have removed it."""
+    plugin = run_dir / "plugin" / "ft_auto-0.dist-info"
     about = "Metadata-Version: 2.1\nName: ft-auto\nVersion: 0\n"
     names = "lightning.pytorch", "pytorch_lightning"
     entry = "[{}.callbacks_factory]\nft_auto = ft_callback:follow_every_fit\n"
@@ -924,7 +938,7 @@ def prepare_environment(job: Job) -> None:
         paths.append(HERE)
     if job.auto:  # whose limits are learned: process starts are watched from the first on
         os.environ.update(job.auto, FT_LEARNED="{}")
-        paths.append(os.path.join(job.auto["FT_AUTO"], "plugin"))
+        paths.append(str(job.run_dir / "plugin"))
     if any(paths):
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
 

@@ -117,7 +117,6 @@ STARTUP, EXIT = "startup_timeout", "exit_timeout"
 INITIAL, HEARTBEAT = "initial_rank_heartbeat_timeout", "rank_heartbeat_timeout"
 OUT_OF_SECTION = "rank_out_of_section_timeout"
 IDLE = (INITIAL, HEARTBEAT, OUT_OF_SECTION)  # clocks of which one runs outside of sections
-DATALOADER = "torch.utils.data._utils.worker"  # module of what its workers run
 CHECKPOINTING = "checkpointing"  # the section in which a checkpoint is saved
 AFTER_TRAINING = "after_training"  # the script's own work: no limit is learned
 STACKS_HEADER = "==="  # begins the line before each dump of stacks, with its time
@@ -788,8 +787,8 @@ class RankMonitorClient:
     @staticmethod
     def _protect_this_worker() -> None:
         process = sys._getframe(1).f_locals.get("process_obj")  # of multiprocessing's Popen
-        if getattr(getattr(process, "_target", None), "__module__", "") != DATALOADER:
-            return  # and of what it may exec, which would inherit the mask
+        if getattr(getattr(process, "_target", None), "__name__", "") != "_worker_loop":
+            return  # no DataLoader's, of torch or torchdata
         parent, term = os.getppid(), [signal.SIGTERM]
         for number in (signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, lambda number, frame: None)
@@ -891,6 +890,7 @@ class RankMonitorClient:
 
         def bye() -> None:
             if os.getpid() == self._pid:
+                self.offer_stacks()
                 error = getattr(sys, "last_value", None)  # what ended the main thread
                 text = None if error is None else describe_error(error)
                 self._unsent.append(encode_message("bye", error=text))
@@ -1052,11 +1052,12 @@ def kill_descendants(mark: bytes = b"") -> list[int]:
     end (D state)."""
     deadline = time.monotonic() + REAP_SECONDS
     while True:
-        left = descendants(os.getpid())
-        if mark:  # not else: reading it may wait for a process that hangs in the kernel
-            left = [pid for pid in left if mark in read_kernel(f"/proc/{pid}/environ")]
-        for pid in left:
-            send(pid, signal.SIGKILL)
+        left = []
+        for pid in descendants(os.getpid()):
+            # Not read in vain: that may wait for a process that hangs in the kernel.
+            if not mark or mark in read_kernel(f"/proc/{pid}/environ"):
+                send(pid, signal.SIGKILL)
+                left.append(pid)
         if not left or time.monotonic() > deadline:
             return left
         time.sleep(0.005)
@@ -1547,9 +1548,9 @@ COMMUNICATION_ERROR = (
 # For re.search: what may go away by itself, and is not the code's fault.
 INFRASTRUCTURE_ERROR = (
     rf"{COMMUNICATION_ERROR}|\b(connection(\w*error)?|\w*timeout(error)?|timed? out|broken pipe|"
-    r"CUDA (error|driver|GPUs)|cudaGet\w*|CUDNN\w*|NVIDIA|ECC|Input/output|Stale file|No space|"
-    r"quota|Transport endpoint|Cannot allocate|Unavailable|Bad Gateway|Server Error|Bus error|"
-    r"hung|SIGKILL)\b"
+    r"CUDA (error|driver|GPUs)|cudaGet\w*|CUDNN\w*|NVIDIA driver|ECC|Input/output|Stale file|"
+    r"No space|quota|Transport endpoint|Cannot allocate|(Service|temporarily) unavailable|"
+    r"Bad Gateway|Server Error|Bus error|hung|SIGKILL)\b"
 )
 # What waits for other ranks: a file, a function, or a call of C code, which has no frame.
 WAITING = (

@@ -506,8 +506,7 @@ def test_a_training_that_follows_a_complete_one_starts_anew(begin: Callable[...,
     flag.touch()
     _, _, told = begin("train.py")
     assert f"the training before was complete: starting a new one in {directory}" in told
-    kept = {"finished.evidence", "ft_state.json", "plugin"}
-    assert {path.name for path in directory.iterdir()} == kept
+    assert {path.name for path in directory.iterdir()} == {"finished.evidence", "ft_state.json"}
 
 
 def test_a_finished_flag_of_the_users_own_is_left_to_him(

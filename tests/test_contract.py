@@ -33,8 +33,6 @@ from torch.distributed.elastic.rendezvous import RendezvousClosedError, Rendezvo
 from torch.distributed.elastic.rendezvous import dynamic_rendezvous as c10d
 from torch.distributed.launcher.api import LaunchConfig
 
-import ft_monitor
-
 
 def source(thing: Any) -> str:
     return inspect.getsource(thing)
@@ -61,8 +59,8 @@ TORCH: dict[str, Callable[[], bool]] = {
     "argparse knows options by their strings": lambda: (
         "--help" in argparse.ArgumentParser()._option_string_actions
     ),
-    "a DataLoader's workers run a function of this module, and a fork of them shows it": lambda: (
-        torch.utils.data._utils.worker._worker_loop.__module__ == ft_monitor.DATALOADER
+    "a DataLoader's workers run _worker_loop, and a fork of them shows it": lambda: (
+        torch.utils.data._utils.worker._worker_loop.__name__ == "_worker_loop"
         and {"self", "process_obj"} <= parameters(vars(multiprocessing.popen_fork.Popen)["_launch"])
         and "self._target" in source(multiprocessing.process.BaseProcess)
     ),

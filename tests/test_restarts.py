@@ -120,6 +120,8 @@ def test_the_same_error_at_the_same_line_with_no_new_step_is_a_bug() -> None:
 def test_the_same_error_at_the_same_step_is_a_bug_whatever_was_saved_in_between() -> None:
     assert decisions(9, ended(5, 1, X), ended(5, 2, X)) == [None, BUG]
     assert decisions(9, ended(5, 1, X), ended(4, 2, X)) == [None, None], "it came at another step"
+    killed = ended(9, 1, "hung")
+    assert decisions(9, killed, ended(5, 2, X), ended(9, 3, X)) == [None] * 3, "twice, at others"
     assert decisions(9, ended(5, 1, X), ended(None, 2, X)) == [None, None], "steps are not known"
     assert decisions(9, ended(0, 1, X), ended(0, 2, X)) == [None, BUG], "0 is a step"
 
@@ -291,6 +293,18 @@ def test_a_first_start_is_watched_if_it_is_known_that_limits_will_be_learned(
     assert (
         read_reports(tmp_path / "runs")["attempt_0/rank0"]["limits"].get("startup_timeout") == limit
     )
+
+
+def test_a_first_start_that_is_longer_than_its_limit_is_learned_though_no_rank_connects(
+    tmp_path: Path,
+) -> None:
+    hung = Report(0, hung_on="startup_timeout", waited=1800.0, started=1.0, ended=2.0)
+    for number in range(2):  # in jobs of one attempt each, too
+        log, config = ft_monitor.Log("test"), ft_monitor.FaultToleranceConfig()
+        auto = {"FT_AUTO": str(tmp_path)}
+        job = ft_launcher.Job(tmp_path, config, log, RestartPolicy(3), auto=auto)
+        job.learn([dataclasses.replace(hung, started=3.0 + number)])
+    assert job.state.longest == {"startup_timeout": 1800.0}
 
 
 def test_what_an_attempt_has_learned_holds_in_the_next_one_and_in_later_runs(
@@ -825,13 +839,13 @@ def wait_until_together(tmp_path: Path) -> None:
     wait_until(lambda: len(list(tmp_path.glob("together_*"))) == 2, 60, "both nodes in one world")
 
 
-def kill_node(name: str, tmp_path: Path) -> None:
+def kill_node(name: str, tmp_path: Path, *signals: int) -> None:
     """As a power cut: none of the launcher, its monitors and ranks sees another one's end."""
     ours = set(processes_with(f"FT_TEST_MARK={tmp_path}"))
     node = ours & set(processes_with(f"NODE={name}\0"))
-    for fatal in (signal.SIGSTOP, signal.SIGKILL):
+    for number in signals or (signal.SIGSTOP, signal.SIGKILL):
         for pid in node:
-            os.kill(pid, fatal)
+            os.kill(pid, number)
 
 
 def test_a_node_that_is_lost_is_gone_without(two_nodes: Nodes, tmp_path: Path) -> None:
@@ -887,7 +901,10 @@ GROUP = (
     REQUEST
     + """
 NODE, WORLD, GROUP = os.environ["NODE"], int(os.environ["WORLD_SIZE"]), os.environ["MASTER_PORT"]
-signal.signal(signal.SIGTERM, lambda *args: ((HERE / f"saved_{NODE}").touch(), sys.exit()))
+def save(*args):
+    (HERE / f"saved_{NODE}").touch()
+    raise KeyError("which costs no restart, either")
+signal.signal(signal.SIGTERM, save)
 (HERE / f"pid_{NODE}").write_text(str(os.getpid()))
 (HERE / f"pid_{NODE}").rename(HERE / f"{GROUP}_{NODE}")
 for step in range(100_000):
@@ -1096,6 +1113,27 @@ def test_spares_restart_nobody_and_one_takes_the_place_of_a_node_that_is_lost(
     assert len(endings(first.output)) == 1
     unused = "the job has ended, and this spare was not needed"
     assert sorted(spare.output.count(unused) for spare in spares) == [0, 1]
+
+
+def test_ranks_that_wait_for_a_frozen_node_are_given_no_grace_when_a_spare_replaces_it(
+    two_nodes: Nodes, tmp_path: Path
+) -> None:
+    """They cannot save without it: that a node comes is not all there is to know."""
+    do = """client.send_heartbeat(step)
+    signal.signal(signal.SIGTERM, lambda *args: (HERE / "asked").touch())
+    if (HERE / "beats_c").exists() and step > 20:
+        (HERE / "finished").touch()
+        break"""
+    first, _, spare = two_nodes(do, nodes="2", spares="c")
+    spare.wait_for_output("[ft_launcher] waiting as a spare: 2 nodes take part")
+    kill_node("b", tmp_path, signal.SIGSTOP)
+    try:
+        for launcher in (first, spare):
+            assert launcher.wait(60) == 0, launcher.output
+    finally:
+        kill_node("b", tmp_path)
+    assert "rank 1 (host-b) was lost with its node" in endings(first.output)[-1]
+    assert not (tmp_path / "asked").exists()
 
 
 def test_all_nodes_tell_the_same_verdict_once_all_that_are_not_lost_have_told(
