@@ -112,9 +112,12 @@ show() { # JOB
 
 know_job() {
   job=${SLURM_ARRAY_JOB_ID:-${SLURM_JOB_ID:-}}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
-  [[ -n $job ]] && type -P sbatch >/dev/null || mode=loop
-  [[ -n $job ]] && grep -qz '/slurm_script$' "/proc/$PPID/cmdline" &&
-    say "warning: signals will not arrive here: end the job script with exec ./autoresume.sh ..."
+  # In a terminal, as of a notebook's job, the job script is another one.
+  [[ -n $job && ! -t 0 ]] && type -P sbatch >/dev/null || mode=loop
+  if [[ -n $job ]] && grep -qz '/slurm_script$' "/proc/$PPID/cmdline" ||
+    { ((PPID == 1)) && grep -qx '[a-z]*sh' /proc/1/comm; }; then
+    say "warning: signals will not arrive here: end the script with exec ./autoresume.sh ..."
+  fi
 }
 
 # Learn what the job before did, or this one before a requeue.

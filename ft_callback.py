@@ -14,7 +14,8 @@ sections. Works with `lightning` and `pytorch_lightning`, in `fit` alone.
     on_fit_start        tells what happens if a rank fails now
     on_train_start      ranks must start at one step, and restarts resume; "first_batch"
     on_train_batch_end  heartbeat; stops if asked; no section, or after the last batch "epoch_turn"
-    on_validation_*     stops if asked; "validation", entered again with each batch
+    on_validation_*     stops if asked; "validation", entered again with each batch; from the last
+                        one on, "validation_end"
     state_dict          "checkpointing", or "awaiting_checkpoint" on ranks that do not write
     on_save_checkpoint  lets a validation that is stopped be repeated
     on_train_end        stops if asked; "finishing", which waits for asynchronous checkpoints
@@ -66,6 +67,7 @@ from ft_monitor import (
     RankMonitorClientError,
     WorkloadAction,
     WorkloadControlRequest,
+    attempt_number,
     describe_error,
     progress_file,
     within,
@@ -89,11 +91,11 @@ else:
     TorchCheckpointIO = pl.plugins.io.TorchCheckpointIO
 
 SETUP, RESUME, FIRST_BATCH = "setup", "resume", "first_batch"
-EPOCH_TURN, VALIDATION = "epoch_turn", "validation"
+EPOCH_TURN, VALIDATION, VALIDATION_END = "epoch_turn", "validation", "validation_end"
 AWAITING, FINISHING = "awaiting_checkpoint", "finishing"
 SECTIONS = {
-    SETUP, RESUME, FIRST_BATCH, EPOCH_TURN, VALIDATION, CHECKPOINTING, AWAITING, FINISHING,
-    AFTER_TRAINING,
+    SETUP, RESUME, FIRST_BATCH, EPOCH_TURN, VALIDATION, VALIDATION_END, CHECKPOINTING, AWAITING,
+    FINISHING, AFTER_TRAINING,
 }  # fmt: skip
 TUNERS = "LearningRateFinder.on_fit_start", "BatchSizeFinder.on_fit_start"
 KEEP_LAST = "give ModelCheckpoint(save_last=True)"
@@ -312,7 +314,7 @@ def resumes_from(trainer: pl.Trainer, given: Mapping[str, Any], rolling: Path | 
         return f"{rolling}, saved every {save_minutes():g} minutes"
     keeper = last_keeper(trainer)
     if given.get("ckpt_path") != "last" or keeper is None:
-        return f"{given.get('ckpt_path')}, or what your script then gives"
+        return f"{given.get('ckpt_path')} again, or what your script then gives"
     epochs, steps = keeper.every_n_epochs, keeper._every_n_train_steps
     every = keeper._train_time_interval or (f"{epochs} epoch(s)" if epochs else f"{steps} step(s)")
     return f"{last_path(trainer, keeper)}, saved every {every}"
@@ -359,6 +361,7 @@ def resuming(fit: Callable[..., None], directory: Path) -> Callable[..., None]:
     """Trainer.fit with our callback, which resumes where the script names no checkpoint. Fits are
     told apart by their model's class and, for each, by their order."""
     signature, fits = inspect.signature(fit), collections.Counter[str]()
+    has_begun = attempt_number() > 0 or os.path.exists(progress_file())
 
     @functools.wraps(fit)
     def fit_and_resume(trainer: Any, *args: Any, **kwargs: Any) -> None:
@@ -374,9 +377,9 @@ def resuming(fit: Callable[..., None], directory: Path) -> Callable[..., None]:
             ours.autoresume, ours.rolling = True, path if is_ours else None
             if is_ours and is_complete(path):
                 values.update(ckpt_path=path, weights_only=False)  # we trust it
-                for callback in trainer.callbacks:
-                    if is_lightnings(type(callback).setup, "SaveConfigCallback.setup"):
-                        callback.overwrite = True  # what it wrote in the run before
+            for callback in trainer.callbacks if has_begun else []:
+                if is_lightnings(type(callback).setup, "SaveConfigCallback.setup"):
+                    callback.overwrite = True  # what it wrote before
         fit(*given.args, **given.kwargs)
 
     return fit_and_resume
@@ -450,6 +453,8 @@ class FaultToleranceCallback(pl.Callback):
     """
 
     has_trained: ClassVar[bool] = False  # this process: another fit may well start at step 0
+    steps: ClassVar[int] = 0  # of all fits of this process: only what grows is progress
+    steps_before: ClassVar[int] = 0  # of those before this one
     rolling: Path | None = None  # under --ft-auto, what this fit saves again and again
 
     def __init__(
@@ -484,6 +489,7 @@ class FaultToleranceCallback(pl.Callback):
         self._client.shutdown_workload_monitoring()  # of a fit before this one
         state_file = self._state_file(trainer)
         self._client.init_workload_monitoring(None, self.calculate_timeouts, state_file)
+        FaultToleranceCallback.steps_before = self.steps
         self._fit = Fit(given_to_fit(trainer))
         self._client.protect_workers()
         self._be_in(RESUME if os.path.exists(progress_file()) else SETUP)
@@ -519,7 +525,7 @@ class FaultToleranceCallback(pl.Callback):
         self._check_start(trainer)
         self._fit.give_signals_back(self._client)
         self._client.catch_signals()
-        self._fit.is_training = True
+        self._fit.is_training, self._fit.weights = True, weights_of(pl_module)
         self._fit.ask_soon()
         for stopping in trainer.early_stopping_callbacks:
             stopping.stopping_reason_message = None  # of an earlier run
@@ -527,12 +533,13 @@ class FaultToleranceCallback(pl.Callback):
         step = batches_done(trainer)
         if step > 0:  # else each attempt would save, before it fails as the one before
             self._fit.saved_at = time.monotonic()
-        self._client.send_heartbeat(step)
+        self._beat(step)
         self._be_in(FIRST_BATCH)
 
     def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
         if self._inner is not None:  # for which there was no hook at its end
-            self._be_in(self._phase)
+            # Amid an epoch, one rank's logger may upload a checkpoint, and others wait in a batch.
+            self._be_in(self._phase, None if self._phase else AWAITING)
 
     on_train_epoch_end = on_sanity_check_end = on_train_batch_start
 
@@ -541,23 +548,27 @@ class FaultToleranceCallback(pl.Callback):
         if self._fit.is_asked:
             self._stop_if_asked(trainer)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
         fit = self._fit
         fit.batches += 1
-        self._client.send_heartbeat(batches_done(trainer))
+        self._beat(batches_done(trainer))
         if trainer.is_last_batch:
             self._be_in(EPOCH_TURN)
-        elif self._phase is not None:
+        elif self._phase or self._inner:
             self._be_in(None)
         is_due = fit.batches == STEPLESS_BATCHES * trainer.accumulate_grad_batches
         if is_due and trainer.global_step == 0 and trainer.is_global_zero:
             self.logger.warning("no optimizer steps, as global_step says: no ModelCheckpoint saves")
+        # Resuming would skip the validation or epoch's end that comes next.
+        counts = trainer.fit_loop.epoch_loop.batch_progress
+        count = counts.total if trainer.check_val_every_n_epoch is None else counts.current
+        every = trainer.val_check_batch or math.inf
+        is_next = count.ready % every == 0 or trainer.is_last_batch
+        if is_next:
+            fit.weights = weights_of(pl_module)
         if fit.is_due():
-            # Resuming would skip the validation or epoch's end that comes next.
-            counts = trainer.fit_loop.epoch_loop.batch_progress
-            count = counts.total if trainer.check_val_every_n_epoch is None else counts.current
-            every = trainer.val_check_batch or math.inf
-            is_next = count.ready % every == 0 or trainer.is_last_batch
             self._stop_if_asked(trainer, is_apt=not is_next)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -568,22 +579,28 @@ class FaultToleranceCallback(pl.Callback):
             batches = sum(trainer.num_val_batches)
             is_same = trainer.strategy.broadcast(batches) == batches < math.inf
             self._fit.ask_soon()
-            self._stop_if_asked(trainer, is_same=is_same)
+            is_swapped = self._fit.weights != weights_of(pl_module)
+            self._stop_if_asked(trainer, is_same=is_same, is_swapped=is_swapped)
 
-    def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
-        self._be_in(self._phase, VALIDATION)
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        is_last = trainer.fit_loop.epoch_loop.val_loop.batch_progress.is_last_batch
+        # Of a few batches, as in a sanity check, the end says nothing of a whole validation's.
+        is_end = is_last and not trainer.sanity_checking
+        self._be_in(self._phase, VALIDATION_END if is_end else VALIDATION)
         if self._fit.is_due():
-            self._stop_if_asked(trainer)
+            self._stop_if_asked(trainer, is_swapped=self._fit.weights != weights_of(pl_module))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # A checkpoint may follow, which not all ranks write: they wait in this section.
-        self._be_in(self._phase, VALIDATION)
+        self._be_in(self._phase, VALIDATION if trainer.sanity_checking else VALIDATION_END)
         self._fit.ask_soon()
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         if self._fit.is_unseen and trainer.is_global_zero:
             where = os.path.join(*directories(trainer)[:1], "")
-            self._fit.unseen = batches_done(trainer), where
+            self._fit.unseen = self.steps_before + batches_done(trainer), where
         if not self._fit.is_saving:
             return
         if trainer.should_stop and not self._fit.is_training:  # at its end
@@ -653,6 +670,10 @@ class FaultToleranceCallback(pl.Callback):
             except Exception:  # of a user's own code, which must not hide the error
                 self.logger.exception("exc_handling_policy failed")
         self._be_in(AFTER_TRAINING)  # the script may handle it, and go on
+
+    def _beat(self, step: int) -> None:
+        FaultToleranceCallback.steps = self.steps_before + step
+        self._client.send_heartbeat(self.steps)
 
     def _be_in(self, phase: str | None, inner: str | None = None) -> None:
         """Be in this section or one within it, and in no other; if already there, again."""
@@ -725,7 +746,7 @@ class FaultToleranceCallback(pl.Callback):
     def _checkpointing(self) -> Iterator[None]:
         self._be_in(self._phase, CHECKPOINTING)
         yield
-        self._be_in(self._phase)
+        self._be_in(self._phase, None if self._phase else AWAITING)
 
     def _report_saved(self, checkpoint: Mapping[str, Any], path: Any) -> None:
         where = str(path) if "://" in str(path) else os.path.abspath(path)
@@ -735,7 +756,7 @@ class FaultToleranceCallback(pl.Callback):
             if self.rolling not in (None, path):
                 return  # restarts do not resume there
             if step > 0 and "optimizer_states" in checkpoint:
-                self._client.report_saved(step, where)
+                self._client.report_saved(self.steps_before + step, where)
                 self._try_to_load(where)
         except (KeyError, RankMonitorClientError):
             pass  # not of a Trainer, or not connected any more
@@ -783,10 +804,15 @@ class FaultToleranceCallback(pl.Callback):
         )  # fmt: skip
 
     def _stop_if_asked(
-        self, trainer: pl.Trainer, is_apt: bool = True, is_same: bool = True
+        self,
+        trainer: pl.Trainer,
+        is_apt: bool = True,
+        is_same: bool = True,
+        is_swapped: bool = False,
     ) -> None:
         """All ranks ask each other, and save or stop together: at an apt batch, not amid
-        accumulated gradients, unless the grace is running out."""
+        accumulated gradients, unless the grace is running out; never with averaged weights in the
+        place of those trained, as in validations."""
         fit, strategy, now = self._fit, trainer.strategy, time.monotonic()
         by = self._asked_by(trainer)
         grace = float(os.environ.get("FT_SHUTDOWN_TIMEOUT") or GRACE_SECONDS)
@@ -794,13 +820,16 @@ class FaultToleranceCallback(pl.Callback):
         rate = fit.stride / (now - fit.unasked_at + 1e-3)
         stride = min(int(rate * STOP_CHECK_SECONDS), STOP_CHECK_BATCHES, 2 * fit.stride)
         is_due = self.rolling is not None and now > fit.saved_at + 60 * save_minutes()
-        answer = [by is not None, is_due and trainer.is_global_zero, is_late, not is_same, stride]
-        answers = torch.tensor(answer, device=strategy.root_device)
-        stopping, due, late, unlike, strides = strategy.reduce(answers, reduce_op="sum").tolist()
+        is_due = is_due and trainer.is_global_zero
+        answer = [by is not None, is_due, is_late, is_swapped, not is_same, stride]
+        answers = strategy.reduce(
+            torch.tensor(answer, device=strategy.root_device), reduce_op="sum"
+        )
+        stopping, due, late, swapped, unlike, strides = answers.tolist()
         fit.is_asked = stopping + due > 0
         batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
         is_amid = batches % trainer.accumulate_grad_batches > 0 and not trainer.is_last_batch
-        if late or (fit.is_asked and is_apt and not is_amid):
+        if not swapped and (late or (fit.is_asked and is_apt and not is_amid)):
             if stopping:
                 self._stop(trainer, by or "another rank", is_amid)
             self._save(trainer)
@@ -885,6 +914,7 @@ class Fit:
         self.stride = 1  # ticks up to then
         self.unasked_at = 0.0  # monotonic, when ranks last agreed that none wanted to stop
         self.is_training = False  # from on_train_start to on_train_end
+        self.weights: Any = None  # weights_of() the last batch before a validation
         self.is_asked = False  # to save, or to stop, at the next apt batch
         self.is_saving = False  # a checkpoint of ours
         self.saved_at = -math.inf  # monotonic: the first save comes soon, and shows if it can
@@ -912,8 +942,13 @@ class Fit:
                 signal.raise_signal(signal.Signals[client.stop_signal])
 
 
+def weights_of(module: pl.LightningModule) -> list[tuple[int, int]]:
+    """Where they are, and how often they were changed."""
+    return [(x.data_ptr(), x._version) for x in module.parameters()]
+
+
 def batches_done(trainer: pl.Trainer) -> int:
-    """In this run and before. Optimizer steps would not tell of all loops."""
+    """Of this fit, in this run and before. Optimizer steps would not tell of all loops."""
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress.total
     return int(progress.processed)
 

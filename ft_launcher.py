@@ -35,6 +35,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import functools
 import hashlib
@@ -109,6 +110,7 @@ from torch.distributed.launcher import api as launcher_api
 
 EXIT_FAILED = 1
 EXIT_GAVE_UP = 93
+DISK_ERRORS = errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE
 KEPT_RUNS = 20  # the newest, in each place
 HEALTH_CHECK_SECONDS = 60.0
 HOOK_SECONDS = 10
@@ -794,7 +796,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Job, Any]:
         run_dir.mkdir(parents=True, mode=0o700)
         prune(run_dir.parent)
         launch = torch.distributed.run.config_from_args(args)
-        check_tasks(launch[0].max_nodes)
+        check_tasks()
         auto = auto_variables(args, flag)
         flag = auto.get(FLAG_VARIABLE, flag)
         if flag:
@@ -803,7 +805,11 @@ def parse_arguments(argv: Sequence[str]) -> tuple[Job, Any]:
             begin_auto(auto, log)
     except (ValueError, AssertionError, RuntimeError, OSError) as error:  # a ConfigError too
         shutil.rmtree(run_dir, ignore_errors=True)
-        parser.error(" ".join(str(error).split()))
+        text = " ".join(str(error).split())
+        if getattr(error, "errno", None) in DISK_ERRORS:  # another node may do better
+            log.error("cannot start: %s", text)
+            sys.exit(EXIT_FAILED)
+        parser.error(text)
     is_new = flag is not None and not os.path.exists(f"{flag}.progress")
     policy = RestartPolicy(args.ft_max_no_progress_cycles, is_new=is_new)
     flag = None if flag is None or os.path.exists(flag) else flag
@@ -840,14 +846,14 @@ def adapt(args: argparse.Namespace, run_dir: Path) -> None:
     args.signals_to_handle = ",".join(name for name in names if name.strip() not in ignored)
 
 
-def check_tasks(nodes: int) -> None:
+def check_tasks() -> None:
     """Each of several tasks on one node would start all ranks, as a training of its own."""
     local = os.environ.get("SLURM_LOCALID") or "0"
     tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE")
     if not tasks and "SLURM_SUBMIT_DIR" not in os.environ:  # a batch script, whose tasks come later
         tasks = os.environ.get("SLURM_NTASKS_PER_NODE")
     counts = re.findall(r"(\d+)(?:\(x\d+\))?", tasks or "")
-    if nodes == 1 and (local != "0" or {*counts} - {"1"}):
+    if local != "0" or {*counts} - {"1"}:
         raise ConfigError(
             "srun starts several launchers on this node: give it --ntasks-per-node=1 (or, for a "
             "training each, unset SLURM_LOCALID, SLURM_STEP_TASKS_PER_NODE, SLURM_NTASKS_PER_NODE)"

@@ -352,6 +352,7 @@ def rank_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("FT_CONFIG", '{"rank_heartbeat_timeout": 600}')
     monkeypatch.setattr(ft_callback.FaultToleranceCallback, "has_trained", False)
+    monkeypatch.setattr(ft_callback.FaultToleranceCallback, "steps", 0)
     for name in ("lightning.pytorch", "pytorch_lightning"):
         quiet = logging.getLogger(f"{name}.utilities.rank_zero")
         monkeypatch.setattr(quiet, "level", logging.ERROR)

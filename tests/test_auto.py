@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from conftest import LOADER, ROOT, Heard, Started
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -47,6 +49,7 @@ def new_run(flag: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
         for package, fit in FIT.items():
             monkeypatch.setattr(package.Trainer, "fit", fit)
         monkeypatch.setattr(FaultToleranceCallback, "has_trained", False)
+        monkeypatch.setattr(FaultToleranceCallback, "steps", 0)
         monkeypatch.setattr(ft_callback, "STOP_CHECK_SECONDS", 0.0)
         monkeypatch.setenv("FT_AUTO", str(directory))
         monkeypatch.setenv("FT_AUTO_SAVE_MINUTES", "1e-9")
@@ -151,6 +154,23 @@ def test_a_stop_saves_there_and_the_next_run_resumes_at_that_step(
     assert resumed.callbacks[-1] is keeper, "Lightning saves with the state of all others"
     saved = [message for message in monitor() if message["type"] == "saved"]
     assert {m["checkpoint"] for m in saved} == {str(path)}, "no restart would resume elsewhere"
+
+
+@pytest.mark.parametrize(("attempt", "may_overwrite"), [("0", False), ("1", True)])
+def test_a_later_attempt_may_overwrite_the_configuration_of_one_that_saved_nothing(
+    new_run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    attempt: str,
+    may_overwrite: bool,
+) -> None:
+    monkeypatch.setenv("FT_ATTEMPT", attempt)
+    new_run()
+    parser: Any = types.SimpleNamespace(save=lambda *args, **kwargs: None)
+    config: Any = {}
+    callback = SaveConfigCallback(parser, config)
+    make_trainer(tmp_path, callback).fit(Model(), ckpt_path=None)
+    assert callback.overwrite == may_overwrite
 
 
 def test_a_fit_that_has_resumed_does_not_save_at_once(

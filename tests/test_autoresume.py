@@ -522,6 +522,43 @@ def test_wrong_usage_is_one_clear_line(
     assert not list(directory.glob("*.runs"))
 
 
+def test_in_a_terminal_of_a_job_no_continuation_is_queued(start: Start, directory: Path) -> None:
+    """Its script is a notebook's, say, and would start another one."""
+    tools = directory / "tools"
+    tools.mkdir()
+    for name in ("sbatch", "scontrol", "squeue"):
+        (tools / name).write_text('#!/bin/sh\ntouch "${0%/*}/called"')
+        (tools / name).chmod(0o755)
+    script = f"exec <{{0}} '{AUTORESUME}' -- bash -c '[ -e done ] && touch flag; touch done'"
+    terminal, inner = pty.openpty()
+    environment = {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": "/", "SLURM_JOB_NAME": "jupyter"}
+    environment |= {"PATH": f"{tools}:{os.environ['PATH']}", "FAULT_TOL_FINISHED_FLAG_FILE": "flag"}
+    for place, is_queued in ((os.ttyname(inner), False), ("/dev/null", True)):
+        for name in ("flag", "done"):
+            (directory / name).unlink(missing_ok=True)
+        start(["sh", "-c", script.format(place)], cwd=directory, **environment).wait()
+        assert (tools / "called").exists() == is_queued
+    os.close(terminal)
+    os.close(inner)
+
+
+CONTAINER = ("unshare", "--pid", "--fork", "--mount-proc")
+
+
+@pytest.mark.skipif(
+    subprocess.run([*CONTAINER, "true"], capture_output=True).returncode != 0,
+    reason="no PID namespaces for this user",
+)
+@pytest.mark.parametrize(("how", "is_told"), [("", True), ("exec", False)])
+def test_below_a_shell_that_is_process_1_of_a_container_it_says_that_no_signals_come(
+    start: Start, directory: Path, how: str, is_told: bool
+) -> None:
+    command = f"cd . && {how} '{AUTORESUME}' --max-failures=1 -- false"
+    job = start([*CONTAINER, "sh", "-c", command], cwd=directory)
+    assert job.wait() == 1
+    assert ("signals will not arrive here" in job.output) == is_told
+
+
 def test_sbatch_options_that_no_shell_could_split_are_wrong_usage(directory: Path) -> None:
     done = subprocess.run([AUTORESUME, "--sbatch", "-t '5", "true"], capture_output=True, text=True)
     assert done.returncode == 2

@@ -122,7 +122,9 @@ def fit(
     keeper: Any = None,
     **options: Any,
 ) -> Trainer:
-    """Train with the callback and one that keeps last.ckpt; resume from there if `last`."""
+    """Train with the callback and one that keeps last.ckpt; resume from there if `last`. As in a
+    process of its own."""
+    FaultToleranceCallback.steps = 0
     ours = FaultToleranceCallback(autoresume=True)
     trainer = make_trainer(directory, ours, keeper or keep(directory), *callbacks, **options)
     trainer.fit(model or Model(), ckpt_path="last" if last else None)
@@ -219,7 +221,7 @@ def test_each_place_in_which_a_users_code_may_be_slow_or_hang_has_its_section(
                         ("batch 1",),
                         ("batch 2",),
                         *[("validation", "validation")] * 2,
-                        ("validation end", "validation"),
+                        ("validation end", "validation_end"),
                         ("epoch end", "epoch_turn"),
                         *[("save", "checkpointing")] * 2,
                     ],
@@ -230,7 +232,7 @@ def test_each_place_in_which_a_users_code_may_be_slow_or_hang_has_its_section(
                         ("batch 1",),
                         ("batch 2",),
                         *[("validation", "validation")] * 2,
-                        ("validation end", "validation"),
+                        ("validation end", "validation_end"),
                         ("epoch end", "epoch_turn"),
                         *[("save", "checkpointing")] * 2,
                     ],
@@ -267,8 +269,9 @@ def test_a_rank_is_never_idle_between_sections_and_steps_count_batches(
     # themselves in none already. In between, a section may be left only to be entered again.
     assert idle_after.count("heartbeat") == 2
     entered = [m["name"] for m in of_type(messages, "section") if m["open"]]
-    # start, each batch, end; and the end of training
-    assert entered.count("validation") == (1 + 2 + 1) + 2 * (1 + 3 + 1)
+    # start and each batch; of a sanity check, the end, too
+    assert entered.count("validation") == (1 + 2 + 1) + 2 * (1 + 2)
+    assert entered.count("validation_end") == 2 * (1 + 1)  # from the last batch on
     # after the fit, each test batch, and after the test
     assert entered[-7:] == ["finishing", *["after_training"] * (1 + 4 + 1)]
 
@@ -502,7 +505,7 @@ def test_folds_with_a_trainer_each_and_one_callback_for_two_trainings(
     starts = [i for i, message in enumerate(messages) if message["type"] == "init"]
     fits = [messages[i:j] for i, j in zip(starts, [*starts[1:], None], strict=True)]
     steps = [of_type(each, "heartbeat")[-1]["step"] for each in fits]
-    assert steps == [3, 6, 3, 6, 1]
+    assert steps == [3, 6, 6 + 3, 9 + 6, 15 + 1], "they grow through all fits of a process"
     reasons = [reason(each) for each in fits]
     assert reasons == [f"max_epochs={n} reached" for n in (1, 2, 1, 2)] + ["max_steps=1 reached"]
     assert caplog.text.count("TRAINING STARTS AT STEP 0") == 1
@@ -520,6 +523,7 @@ def test_a_fit_after_another_has_lost_nothing_whatever_became_of_that(
     if before == "is complete":
         fit(tmp_path / "0", max_epochs=1)
         monkeypatch.setattr(FaultToleranceCallback, "has_trained", False)  # in another process
+        monkeypatch.setattr(FaultToleranceCallback, "steps", 0)
         fit(tmp_path / "0", max_epochs=1, last=True)
     else:
         with pytest.raises(IndexError):
@@ -685,6 +689,48 @@ def test_a_stop_in_validation_lets_all_of_it_be_done_again(
     steps = [message["step"] for message in of_type(messages, "heartbeat")]
     assert steps == list(range(every, 7)) and reason(messages) == "max_epochs=1 reached"
     assert seen == [0, 1, 2, 3] * (6 // every)
+
+
+class Averaged(Callback):
+    """Validates with other weights than those that are trained, as averages are."""
+
+    def swap(self, trainer: Trainer, module: Any) -> None:
+        if not trainer.sanity_checking:
+            with torch.no_grad():
+                module.layer.weight.mul_(-1)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.swap(trainer, pl_module)
+
+    on_validation_end = on_validation_start
+
+
+@pytest.mark.usefixtures("ask_at_each_batch")
+@pytest.mark.parametrize("number", [0, 1, 3])
+def test_averaged_weights_are_never_saved_in_the_place_of_those_trained(
+    flag: Path, monitor: Heard, tmp_path: Path, number: int
+) -> None:
+    """A stop in a validation comes when that is over, then."""
+    seen: list[int] = []
+    options: dict[str, Any] = {
+        "max_epochs": 1, "limit_train_batches": 6, "limit_val_batches": 4, "val_check_interval": 3
+    }  # fmt: skip
+
+    def stop(batch_idx: int) -> None:
+        if batch_idx == number:
+            STOPS["SIGTERM"](flag)
+
+    model = Validated(seen, stop)
+    callbacks = [Averaged()]
+    keeper = keep(tmp_path)
+    ours = FaultToleranceCallback(autoresume=True)
+    trainer = make_trainer(tmp_path, *callbacks, ours, keeper, **options)
+    with pytest.raises(SystemExit):
+        trainer.fit(model)
+    assert seen == [0, 1, 2, 3]
+    (saved,) = {(m["step"], m["checkpoint"]) for m in of_type(monitor(), "saved")}
+    state = torch.load(saved[1], weights_only=True)["state_dict"]
+    assert saved[0] == 4 and torch.equal(state["layer.weight"], model.layer.weight)
 
 
 @pytest.mark.usefixtures("ask_at_each_batch")

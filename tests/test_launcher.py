@@ -680,6 +680,19 @@ def test_wrong_usage_is_one_clear_line_and_starts_and_leaves_nothing(
     assert not list(in_process.glob("ft_runs*/*_*"))
 
 
+def test_a_full_disk_is_no_wrong_usage_and_another_node_may_do_better(
+    in_process: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mkdir(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device", "/tmp/ft_runs_0")
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with pytest.raises(SystemExit, match="1"):
+        ft_launcher.main(["train.py"])
+    line = "[ft_launcher] cannot start: [Errno 28] No space left on device: '/tmp/ft_runs_0'"
+    assert capfd.readouterr().err.splitlines()[-1] == line
+
+
 @pytest.mark.parametrize(
     "variables, expected",
     [
@@ -690,6 +703,7 @@ def test_wrong_usage_is_one_clear_line_and_starts_and_leaves_nothing(
         ({"SLURM_LOCALID": "1"}, "give it --ntasks-per-node=1"),
         ({"SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "2(x3)"}, "--ntasks-per-node=1"),
         ({"SLURM_STEP_TASKS_PER_NODE": "1(x3),4"}, "--ntasks-per-node=1"),
+        ({"SLURM_STEP_TASKS_PER_NODE": "8(x2)", "PET_NNODES": "2"}, "--ntasks-per-node=1"),
         ({"SLURM_LOCALID": "0", "SLURM_NTASKS_PER_NODE": "2"}, "--ntasks-per-node=1"),
     ],
 )
@@ -707,17 +721,13 @@ def test_a_wrong_variable_is_one_clear_line_too(
     assert expected in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_one_task_on_each_node_is_right_and_so_are_several_that_meet(
-    in_process: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_task_on_each_node_is_right(in_process: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "8")  # of a job script that uses no srun
     monkeypatch.setenv("SLURM_LOCALID", "0")
     monkeypatch.setenv("SLURM_SUBMIT_DIR", "/")
-    ft_launcher.check_tasks(1)
+    ft_launcher.check_tasks()
     monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "1(x4)")
-    ft_launcher.check_tasks(1)
-    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "2(x4)")
-    ft_launcher.check_tasks(4)
+    ft_launcher.check_tasks()
 
 
 def test_two_trainings_cannot_have_one_finished_flag_at_the_same_time(
