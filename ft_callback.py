@@ -538,8 +538,9 @@ class FaultToleranceCallback(pl.Callback):
 
     def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
         if self._inner is not None:  # for which there was no hook at its end
-            # Amid an epoch, one rank's logger may upload a checkpoint, and others wait in a batch.
-            self._be_in(self._phase, None if self._phase else AWAITING)
+            # Amid an epoch, one rank's logger may upload a checkpoint: others wait in a batch.
+            is_saved = self._inner in (CHECKPOINTING, AWAITING) and self._phase is None
+            self._be_in(self._phase, AWAITING if is_saved else None)
 
     on_train_epoch_end = on_sanity_check_end = on_train_batch_start
 
@@ -942,9 +943,13 @@ class Fit:
                 signal.raise_signal(signal.Signals[client.stop_signal])
 
 
-def weights_of(module: pl.LightningModule) -> list[tuple[int, int]]:
-    """Where they are, and how often they were changed."""
-    return [(x.data_ptr(), x._version) for x in module.parameters()]
+@torch.no_grad()
+def weights_of(module: pl.LightningModule) -> list[float]:
+    """Their sums, which tell whether others are in their place: a change of x.data leaves no trace
+    in torch."""
+    known = [x for x in module.parameters() if not torch.nn.parameter.is_lazy(x)]
+    local = [x.to_local() if hasattr(x, "to_local") else x for x in known]  # of a sharded one
+    return [float(x.sum(dtype=torch.float64)) for x in local]
 
 
 def batches_done(trainer: pl.Trainer) -> int:

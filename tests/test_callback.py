@@ -696,8 +696,7 @@ class Averaged(Callback):
 
     def swap(self, trainer: Trainer, module: Any) -> None:
         if not trainer.sanity_checking:
-            with torch.no_grad():
-                module.layer.weight.mul_(-1)
+            module.layer.weight.data.mul_(-1)
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.swap(trainer, pl_module)
