@@ -125,7 +125,7 @@ AGAIN = "ft_again"  # a node has failed, left, or JOINED: all start again
 JOINED = "joined"
 ENDED = "ft_ended"  # with a node's number: how the attempt ended there
 COUNT = "ft_count"  # of the nodes where it has
-JUDGES = "ft_judges"  # nodes that have done waiting; the first judges
+JUDGES = "ft_judges"  # nodes done waiting; the first judges
 VERDICT = "ft_verdict"  # how it ended on all nodes
 SPEAKERS = "ft_speakers"  # nodes that know it; the first tells the world
 RENAMED = {  # NVIDIA's flags
@@ -148,7 +148,7 @@ class RestartPolicy:
     step: int = -1  # the highest of any attempt
     last: int = -1  # of the last one
     error: str | None = None  # that ended the last attempt, see bug_of()
-    is_new: bool = False  # no rank has connected yet, in no run; but there is a FLAG: they are to
+    is_new: bool = False  # there is a FLAG, and no rank has connected yet, in any run
 
     def why_not(self, incident: Incident) -> str | None:
         """Why not to restart after this attempt; None to restart."""

@@ -30,7 +30,7 @@ Messages: one JSON object a line, at most 4,096 bytes, from rank to monitor only
     saved      step, checkpoint            is on disk; noted in FT_RUN_DIR/progress.json or, under
                                            autoresume.sh, FLAG.progress
     request    action, reason              workload control, when this attempt ends
-    complete   flag, values                training is: create the flag if the script ends well
+    complete   flag, values                training is done: create the flag if the script ends well
     error      error                       an exception, which may yet be handled; what the script
                                            had waited for by then is not learned
     shutdown                               monitoring rests until the next init, or bye
