@@ -253,7 +253,7 @@ class Job:
         """Copy it to FLAG.evidence: after a job, nobody may reach this host's files."""
         if self.flag:
             copies = Path(f"{self.flag}.evidence")
-            ignore = shutil.ignore_patterns("logs")  # which may be large
+            ignore = shutil.ignore_patterns("logs", "*.tmp")  # large; half-written
             target = copies / self.run_dir.name
             (target / "latest").unlink(missing_ok=True)  # which would not be replaced
             shutil.copytree(self.run_dir, target, symlinks=True, ignore=ignore, dirs_exist_ok=True)

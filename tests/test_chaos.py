@@ -233,7 +233,9 @@ class Chaos:
     def strays(self) -> list[str]:
         names = [str(path.relative_to(self.directory)) for path in self.directory.rglob("*")]
         pattern = r"(\.tmp|unfinished|\.new|flag\.stop|flag\.gave_up)$|torchelastic"
-        return sorted(name for name in names if re.search(pattern, name))
+        # A kill may come amid a file of evidence, which goes with its run.
+        evidence = re.compile(r"runs/.*\.tmp")
+        return sorted(x for x in names if re.search(pattern, x) and not evidence.fullmatch(x))
 
     def wrong_verdicts(self) -> list[str]:
         """Attempts without a verdict, with a wrong one, or that failed without a fault."""
